@@ -1,0 +1,19 @@
+"""BLOOM in torch alone: the parts that nodes (blocks) and clients (embeddings, head) run."""
+
+from __future__ import annotations
+
+from compute.bloom.alibi import alibi_bias, slopes
+from compute.bloom.block import BloomBlock, BloomSpan, SpanCache
+from compute.bloom.config import BloomConfig
+from compute.bloom.head import Embeddings, Head
+
+__all__ = [
+    "BloomBlock",
+    "BloomConfig",
+    "BloomSpan",
+    "Embeddings",
+    "Head",
+    "SpanCache",
+    "alibi_bias",
+    "slopes",
+]

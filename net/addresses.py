@@ -1,0 +1,111 @@
+"""Multiaddrs as people write them, and what we read out of them."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+
+import ifaddr
+from multiaddr import Multiaddr
+from multiaddr.exceptions import Error as MultiaddrError
+
+from net.errors import AddressError
+from net.identity import PeerId
+
+__all__ = ["Multiaddr", "PeerAddress", "host_port", "ip_group", "parse", "parse_peer", "spell_out"]
+
+EXAMPLE = "/ip4/203.0.113.7/tcp/4001/p2p/12D3Koo..."
+MAX_ADDRESS_CHARACTERS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerAddress:
+    """Where a peer is (``address``, without ``/p2p/...``) and who it is."""
+
+    address: Multiaddr
+    peer_id: PeerId
+
+    def __str__(self) -> str:
+        return f"{self.address}/p2p/{self.peer_id}"
+
+
+def parse(text: str) -> Multiaddr:
+    """Raises:
+    AddressError: the text is no multiaddr.
+    """
+    if len(text) > MAX_ADDRESS_CHARACTERS:
+        raise AddressError(f"address of {len(text)} characters: at most {MAX_ADDRESS_CHARACTERS} are read")
+    try:
+        return Multiaddr(text)
+    except (MultiaddrError, ValueError, TypeError) as error:
+        raise AddressError(f"{text!r} is not a multiaddr (an address looks like {EXAMPLE})") from error
+
+
+def parse_peer(text: str) -> PeerAddress:
+    """Read an address that ends in ``/p2p/PEERID``.
+
+    Raises:
+        AddressError: no multiaddr, or it does not say which peer is meant.
+    """
+    whole = parse(text)
+    peer_text = whole.get_peer_id()
+    if peer_text is None:
+        raise AddressError(f"{text!r} does not say which peer is there: it must end in /p2p/PEERID, as in {EXAMPLE}")
+    return PeerAddress(
+        address=whole.decapsulate_code(421),
+        peer_id=PeerId.from_string(peer_text),
+    )
+
+
+def host_port(address: Multiaddr) -> tuple[str, int] | None:
+    """The host and TCP port of ``/ip4|ip6|dns*/HOST/tcp/PORT``; None for anything else."""
+    parts = [(protocol.name, value) for protocol, value in address.items()]
+    if len(parts) != 2 or parts[1][0] != "tcp":
+        return None
+    (kind, host), (_, port) = parts
+    if kind not in ("ip4", "ip6", "dns", "dns4", "dns6") or host is None or port is None:
+        return None
+    return str(host), int(port)
+
+
+def tcp(host: str, port: int) -> Multiaddr:
+    """The multiaddr of a numeric host and a TCP port."""
+    host = host.partition("%")[0]
+    kind = "ip6" if ":" in host else "ip4"
+    return Multiaddr(f"/{kind}/{host}/tcp/{port}")
+
+
+def ip_group(address: Multiaddr) -> str | None:
+    """What one household can have many of: the IPv4 address or the IPv6 /56. None where limits do not apply.
+
+    Loopback has no group: whoever is on this machine is not a stranger from one network.
+    """
+    for protocol, value in address.items():
+        if protocol.name in ("ip4", "ip6"):
+            ip = ipaddress.ip_address(str(value))
+            if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
+                ip = ip.ipv4_mapped
+            if ip.is_loopback:
+                return None
+            prefix = 32 if ip.version == 4 else 56
+            return str(ipaddress.ip_network(f"{ip}/{prefix}", strict=False))
+    return None
+
+
+def spell_out(address: Multiaddr) -> list[Multiaddr]:
+    """An address that others can dial: ``0.0.0.0`` and ``::`` become this machine's own addresses.
+
+    Public ones come first, loopback last.
+    """
+    where = host_port(address)
+    if where is None or where[0] not in ("0.0.0.0", "::"):
+        return [address]
+    version = 4 if where[0] == "0.0.0.0" else 6
+    found: set[ipaddress.IPv4Address | ipaddress.IPv6Address] = set()
+    for adapter in ifaddr.get_adapters():
+        for entry in adapter.ips:
+            ip = ipaddress.ip_address(entry.ip if isinstance(entry.ip, str) else entry.ip[0])
+            if ip.version == version and not ip.is_link_local:
+                found.add(ip)
+    ordered = sorted(found, key=lambda ip: (ip.is_loopback, not ip.is_global, int(ip)))
+    return [tcp(str(ip), where[1]) for ip in ordered] or [tcp("127.0.0.1" if version == 4 else "::1", where[1])]

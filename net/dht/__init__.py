@@ -1,0 +1,1 @@
+"""Kademlia: who is near a key, and the signed records that lie there."""

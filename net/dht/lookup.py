@@ -1,0 +1,84 @@
+"""One iterative look-up, without I/O: who to ask next, and when it is over.
+
+The driver asks those that ``next_queries`` names (at most ``alpha`` at a time), and tells what came of it.
+It is over when the ``k`` nearest that are known and have not failed have all answered.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+
+from net.dht import keys
+from net.dht.table import Contact, K
+from net.identity import PeerId
+
+ALPHA = 10
+MAX_CANDIDATES = 400
+
+
+class _State(enum.Enum):
+    NEW = 0
+    ASKED = 1
+    ANSWERED = 2
+    FAILED = 3
+
+
+class Lookup:
+    """Args:
+    own: us; never asked.
+    target: the key whose neighbours are wanted.
+    start: servers already known.
+    """
+
+    def __init__(self, own: PeerId, target: bytes, start: Iterable[Contact], *, k: int = K, alpha: int = ALPHA) -> None:
+        self.target = target
+        self._own = own
+        self._k = k
+        self._alpha = alpha
+        self._contacts: dict[PeerId, Contact] = {}
+        self._states: dict[PeerId, _State] = {}
+        self._distances: dict[PeerId, int] = {}
+        self._learn(start)
+
+    def next_queries(self) -> list[Contact]:
+        """Whom to ask now; they count as asked from here on."""
+        asked = sum(state is _State.ASKED for state in self._states.values())
+        chosen: list[PeerId] = []
+        for peer_id in self._nearest():
+            if asked + len(chosen) >= self._alpha:
+                break
+            if self._states[peer_id] is _State.NEW:
+                chosen.append(peer_id)
+        for peer_id in chosen:
+            self._states[peer_id] = _State.ASKED
+        return [self._contacts[peer_id] for peer_id in chosen]
+
+    def answered(self, peer_id: PeerId, closer: Iterable[Contact]) -> None:
+        self._states[peer_id] = _State.ANSWERED
+        self._learn(closer)
+
+    def failed(self, peer_id: PeerId) -> None:
+        self._states[peer_id] = _State.FAILED
+
+    @property
+    def is_done(self) -> bool:
+        return all(self._states[peer_id] is _State.ANSWERED for peer_id in self._nearest())
+
+    @property
+    def closest(self) -> list[Contact]:
+        """The nearest servers that answered."""
+        return [self._contacts[p] for p in self._nearest() if self._states[p] is _State.ANSWERED]
+
+    def _nearest(self) -> list[PeerId]:
+        alive = [peer_id for peer_id, state in self._states.items() if state is not _State.FAILED]
+        return sorted(alive, key=self._distances.__getitem__)[: self._k]
+
+    def _learn(self, contacts: Iterable[Contact]) -> None:
+        for contact in contacts:
+            peer_id = contact.peer_id
+            if peer_id == self._own or peer_id in self._states or len(self._states) >= MAX_CANDIDATES:
+                continue
+            self._contacts[peer_id] = contact
+            self._states[peer_id] = _State.NEW
+            self._distances[peer_id] = keys.distance(keys.of_peer(peer_id), self.target)

@@ -1,0 +1,305 @@
+"""The DHT on a host: answers as a server, looks things up, keeps our announcements alive."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from net import errors, records
+from net.addresses import PeerAddress
+from net.dht import keys, wire
+from net.dht.lookup import Lookup
+from net.dht.store import RecordStore
+from net.dht.table import Contact, K, RoutingTable
+from net.host import Host
+from net.identity import PeerId
+from net.mux.driver import YamuxStream
+from net.records import Record
+from net.rpc import lane, packing
+from net.rpc.framing import Message
+from net.rpc.lane import Lane
+from net.swarm import Connection
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DhtSettings:
+    query_s: float = 5.0  # one call to one peer
+    refresh_s: float = 60.0  # between refreshes of the table
+    announce_s: float = 30.0  # between renewals of an announcement
+    ttl_s: int = 120  # of an announcement
+    idle_s: float = 120.0  # a stream that asks nothing is closed
+    max_lanes: int = 128  # streams kept open to servers
+
+
+class Dht:
+    """Kademlia over a host.
+
+    Args:
+        host: whose connections are used.
+        server: whether we answer others. Servers must be reachable; clients only ask.
+    """
+
+    def __init__(self, host: Host, *, server: bool, settings: DhtSettings | None = None) -> None:
+        self.host = host
+        self.settings = settings or DhtSettings()
+        self.table = RoutingTable(host.peer_id)
+        self.store = RecordStore()
+        self._server = server
+        self._bootstrap: list[PeerAddress] = []
+        self._lanes: dict[PeerId, Lane] = {}
+        self._announced: dict[bytes, tuple[str, Mapping[str, Any]]] = {}
+        if server:
+            host.handle(wire.PROTOCOL_ID, self._serve)
+
+    # Coming and going
+
+    async def join(self, bootstrap: Iterable[PeerAddress]) -> None:
+        """Connect to known servers and find our neighbours through them. None given: we are the first.
+
+        Raises:
+            DialError, AddressError: not one of them could be reached; the text says why for each.
+        """
+        self._bootstrap = [peer for peer in bootstrap if peer.peer_id != self.host.peer_id]
+        await self._meet_bootstrap()
+        await self.lookup(keys.of_peer(self.host.peer_id))
+
+    async def _meet_bootstrap(self) -> None:
+        failures: list[errors.NetError] = []
+
+        async def meet(peer: PeerAddress) -> None:
+            contact = Contact(peer_id=peer.peer_id, addresses=(peer.address,))
+            try:
+                await self.host.connect(peer.peer_id, [peer.address])
+                await self._find(contact, keys.of_peer(self.host.peer_id), want_records=False)
+                self.table.add(contact)
+            except errors.NetError as error:
+                failures.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for peer in self._bootstrap:
+                nursery.start_soon(meet, peer)
+        if failures and len(failures) == len(self._bootstrap):
+            if len(failures) == 1:
+                raise failures[0]
+            raise errors.DialError("; ".join(dict.fromkeys(map(str, failures))))
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Refresh the table and renew announcements until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._refresh)
+            nursery.start_soon(self._renew)
+            task_status.started()
+
+    async def _refresh(self) -> None:
+        while True:
+            await trio.sleep(self.settings.refresh_s * random.uniform(0.8, 1.2))
+            try:
+                if not len(self.table):
+                    await self._meet_bootstrap()
+                for target in self.table.refresh_targets(os.urandom(keys.KEY_BYTES)):
+                    await self.lookup(target)
+            except errors.NetError as error:
+                logger.warning("cannot reach any known peer: %s", error)
+            self.store.expire(trio.current_time())
+
+    async def _renew(self) -> None:
+        while True:
+            await trio.sleep(self.settings.announce_s * random.uniform(0.9, 1.1))
+            for key in list(self._announced):
+                try:
+                    await self._publish(key)
+                except errors.NetError as error:
+                    logger.warning("an announcement could not be renewed: %s", error)
+
+    # Announcing
+
+    async def announce(self, key: bytes, kind: str, body: Mapping[str, Any]) -> int:
+        """Sign ``body`` and put it under ``key``, now and every ``announce_s`` until withdrawn.
+
+        Returns: how many servers took it (this node's own store not counted).
+        """
+        self._announced[key] = (kind, body)
+        return await self._publish(key)
+
+    async def withdraw(self) -> None:
+        """Take everything back that was announced."""
+        announced, self._announced = self._announced, {}
+        async with trio.open_nursery() as nursery:
+            for key, (kind, _) in announced.items():
+                nursery.start_soon(self._put, key, self._sign(kind, {"withdrawn": True}))
+
+    async def _publish(self, key: bytes) -> int:
+        kind, body = self._announced[key]
+        return await self._put(key, self._sign(kind, body))
+
+    def _sign(self, kind: str, body: Mapping[str, Any]) -> Record:
+        return records.sign(self.host.identity, kind, body, ttl_s=self.settings.ttl_s)
+
+    async def _put(self, key: bytes, record: Record) -> int:
+        if self._server:
+            self.store.put(key, record, trio.current_time())
+        taken = 0
+
+        async def give(contact: Contact) -> None:
+            nonlocal taken
+            try:
+                await self._call(contact, "store", {"key": key, "record": record.envelope})
+                taken += 1
+            except errors.NetError as error:
+                logger.debug("%s did not take a record: %s", contact.peer_id, error)
+
+        neighbours = (await self._walk(key, None)).closest
+        async with trio.open_nursery() as nursery:
+            for contact in neighbours:
+                nursery.start_soon(give, contact)
+        return taken
+
+    # Looking up
+
+    async def lookup(self, target: bytes) -> list[Contact]:
+        """The servers nearest to ``target`` that answer, nearest first, at most K."""
+        return (await self._walk(target, None)).closest
+
+    async def find(self, key: bytes, kind: str) -> list[Record]:
+        """Every record of ``kind`` under ``key`` that a server near it holds: the newest of each subject."""
+        found: dict[PeerId, Record] = {}
+        await self._walk(key, found)
+        if self._server:
+            for record in self.store.get(key, trio.current_time()):
+                _keep_newest(found, record)
+        return [record for record in found.values() if record.kind == kind and not record.body.get("withdrawn")]
+
+    async def _walk(self, target: bytes, found: dict[PeerId, Record] | None) -> Lookup:
+        lookup = Lookup(self.host.peer_id, target, self.table.closest(target))
+
+        async with trio.open_nursery() as nursery:
+
+            async def ask(contact: Contact) -> None:
+                try:
+                    closer, held = await self._find(contact, target, want_records=found is not None)
+                except errors.NetError as error:
+                    logger.debug("look-up: %s: %s", contact.peer_id, error)
+                    lookup.failed(contact.peer_id)
+                    self.table.failed(contact.peer_id)
+                else:
+                    for record in held:
+                        if found is not None:
+                            _keep_newest(found, record)
+                    lookup.answered(contact.peer_id, closer)
+                    self.table.add(contact)
+                ask_more()
+
+            def ask_more() -> None:
+                for contact in lookup.next_queries():
+                    nursery.start_soon(ask, contact)
+
+            ask_more()
+        return lookup
+
+    async def _find(self, contact: Contact, target: bytes, *, want_records: bool) -> tuple[list[Contact], list[Record]]:
+        held: list[Record] = []
+        after = b""
+        while True:
+            answer = await self._call(contact, "find", {"key": target, "records": want_records, "after": after})
+            closer = wire.read_contacts(answer.header)
+            page = packing.field(answer.header, "records", list)
+            for envelope in page:
+                try:
+                    record = records.verify(packing.field({"r": envelope}, "r", bytes))
+                except errors.RecordError as error:
+                    logger.debug("%s passed on %s", contact.peer_id, error)
+                    continue
+                held.append(record)
+            if not answer.header.get("more") or not held or held[-1].peer_id.to_bytes() <= after:
+                return closer, held
+            after = held[-1].peer_id.to_bytes()
+
+    # Calling others
+
+    async def _call(self, contact: Contact, method: str, fields: Mapping[str, Any]) -> Message:
+        if self._server:
+            fields = {**fields, "from": wire.write_addresses(self.host.addresses)}
+        with trio.move_on_after(self.settings.query_s):
+            existing = self._lanes.get(contact.peer_id)
+            if existing is not None:
+                try:
+                    return await existing.call(method, fields, timeout_s=self.settings.query_s)
+                except errors.PeerFailed:
+                    self._drop_lane(contact.peer_id, existing)  # idle streams are closed: try a new one
+            new = await self._open_lane(contact)
+            try:
+                return await new.call(method, fields, timeout_s=self.settings.query_s)
+            except errors.PeerFailed:
+                self._drop_lane(contact.peer_id, new)
+                raise
+        raise errors.PeerFailed(contact.peer_id, f"no answer in {self.settings.query_s:g} s")
+
+    async def _open_lane(self, contact: Contact) -> Lane:
+        stream = await self.host.open_stream(contact.peer_id, [wire.PROTOCOL_ID], contact.addresses)
+        new = Lane(stream, contact.peer_id)
+        previous = self._lanes.pop(contact.peer_id, None)
+        self._lanes[contact.peer_id] = new
+        doomed = [previous] if previous is not None else []
+        while len(self._lanes) > self.settings.max_lanes:
+            doomed.append(self._lanes.pop(next(iter(self._lanes))))
+        for old in doomed:
+            await old.aclose()
+        return new
+
+    def _drop_lane(self, peer_id: PeerId, dead: Lane) -> None:
+        if self._lanes.get(peer_id) is dead:
+            del self._lanes[peer_id]
+
+    # Answering others
+
+    async def _serve(self, connection: Connection, stream: YamuxStream) -> None:
+        async def find(message: Message) -> Message:
+            self._note_caller(connection.peer_id, message)
+            key = wire.read_key(message.header)
+            answer: dict[str, Any] = {"peers": wire.write_contacts(self.table.closest(key, K)), "records": []}
+            if message.header.get("records"):
+                after = packing.field(message.header, "after", bytes, max_length=wire.MAX_PEER_ID_BYTES)
+                self._add_records(answer, key, after)
+            return Message(header=answer)
+
+        async def store(message: Message) -> Message:
+            self._note_caller(connection.peer_id, message)
+            key = wire.read_key(message.header)
+            try:
+                record = records.verify(packing.field(message.header, "record", bytes))
+                self.store.put(key, record, trio.current_time())
+            except errors.RecordError as error:
+                raise errors.RpcError("bad-record", str(error)) from error
+            return Message(header={})
+
+        await lane.serve(stream, connection.peer_id, {"find": find, "store": store}, idle_s=self.settings.idle_s)
+
+    def _add_records(self, answer: dict[str, Any], key: bytes, after: bytes) -> None:
+        held = sorted(self.store.get(key, trio.current_time()), key=lambda record: record.peer_id.to_bytes())
+        size = 0
+        for record in held:
+            if record.peer_id.to_bytes() <= after:
+                continue
+            size += len(record.envelope)
+            if size > wire.MAX_ANSWER_RECORD_BYTES and answer["records"]:
+                answer["more"] = True
+                return
+            answer["records"].append(record.envelope)
+
+    def _note_caller(self, peer_id: PeerId, message: Message) -> None:
+        if "from" in message.header:
+            self.table.add(Contact(peer_id=peer_id, addresses=wire.read_addresses(message.header, "from")))
+
+
+def _keep_newest(found: dict[PeerId, Record], record: Record) -> None:
+    known = found.get(record.peer_id)
+    if known is None or record.sequence > known.sequence:
+        found[record.peer_id] = record

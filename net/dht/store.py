@@ -1,0 +1,75 @@
+"""Signed records kept for others, by key and subject. No I/O; bounded; forgets by a clock of its own.
+
+The number of the last record of each subject outlives the record, so that an older one does not come back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from net.errors import RecordError
+from net.identity import PeerId
+from net.records import CLOCK_SKEW_S, MAX_TTL_S, Record
+
+MAX_RECORDS = 16_384
+MAX_RECORDS_PER_KEY = 1024
+REMEMBER_SEQUENCE_S = MAX_TTL_S + 2 * CLOCK_SKEW_S  # after that, its own expiry refuses an old record
+
+
+@dataclass
+class _Entry:
+    record: Record | None
+    sequence: int
+    expires: float
+    forget: float = field(default=0.0)
+
+
+class RecordStore:
+    """Times are seconds of any monotonic clock."""
+
+    def __init__(self) -> None:
+        self._keys: dict[bytes, dict[PeerId, _Entry]] = {}
+
+    def put(self, key: bytes, record: Record, now: float) -> None:
+        """Keep a verified record.
+
+        Raises:
+            RecordError: an older or equal one than we have seen, or no room.
+        """
+        self.expire(now)
+        entries = self._keys.get(key, {})
+        entry = entries.get(record.peer_id)
+        if entry is not None and record.sequence <= entry.sequence:
+            if entry.record is not None and record.envelope == entry.record.envelope:
+                return  # the same again: nothing to refuse
+            raise RecordError(f"record {record.sequence} of {record.peer_id}: {entry.sequence} is known already")
+        if entry is None:
+            if len(entries) >= MAX_RECORDS_PER_KEY:
+                raise RecordError(f"{len(entries)} records lie under this key, the most kept")
+            if sum(map(len, self._keys.values())) >= MAX_RECORDS:
+                raise RecordError(f"{MAX_RECORDS} records are kept here, the most allowed")
+        withdrawn = bool(record.body.get("withdrawn"))
+        self._keys.setdefault(key, {})[record.peer_id] = _Entry(
+            record=None if withdrawn else record,
+            sequence=record.sequence,
+            expires=now + record.ttl_s,
+            forget=now + REMEMBER_SEQUENCE_S,
+        )
+
+    def get(self, key: bytes, now: float) -> list[Record]:
+        """The records under ``key`` that have not expired."""
+        return [
+            entry.record
+            for entry in self._keys.get(key, {}).values()
+            if entry.record is not None and now < entry.expires
+        ]
+
+    def expire(self, now: float) -> None:
+        for key, entries in list(self._keys.items()):
+            for peer_id, entry in list(entries.items()):
+                if now >= entry.forget:
+                    del entries[peer_id]
+                elif now >= entry.expires:
+                    entry.record = None
+            if not entries:
+                del self._keys[key]

@@ -1,0 +1,67 @@
+"""The DHT's messages, over RPC on ``/raceme/kad/1.0.0``.
+
+Every call carries ``"from"``: the caller's own addresses if it is a server, else nothing. Calls:
+
+    find   {"key", "records": bool, "after": bytes?} -> {"peers": [[id, [addresses]]...], "records": [envelopes]}
+    store  {"key", "record": envelope}              -> {}
+
+``records`` come in the order of their subjects' ids, as many as fit; ``"more"`` says that there are others,
+to be asked for with ``after``, the last id seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from multiaddr.exceptions import Error as MultiaddrError
+
+from net.addresses import Multiaddr
+from net.dht.keys import KEY_BYTES
+from net.dht.table import Contact, K
+from net.errors import RemoteProtocolError
+from net.identity import PeerId
+from net.rpc import packing
+
+PROTOCOL_ID = "/raceme/kad/1.0.0"
+MAX_ADDRESSES = 8
+MAX_ADDRESS_BYTES = 128
+MAX_PEER_ID_BYTES = 64
+MAX_ANSWER_RECORD_BYTES = 40 * 1024  # so that an answer's header stays within 64 KiB
+
+
+def write_addresses(addresses: Iterable[Multiaddr]) -> list[bytes]:
+    return [address.to_bytes() for address in addresses][:MAX_ADDRESSES]
+
+
+def write_contacts(contacts: Sequence[Contact]) -> list[Any]:
+    return [[contact.peer_id.to_bytes(), write_addresses(contact.addresses)] for contact in contacts]
+
+
+def read_addresses(fields: Mapping[str, Any], name: str) -> tuple[Multiaddr, ...]:
+    raw = packing.items(fields, name, bytes, max_items=MAX_ADDRESSES, max_length=MAX_ADDRESS_BYTES)
+    try:
+        addresses = tuple(Multiaddr(data) for data in raw)
+        for address in addresses:
+            str(address)  # the library reads lazily: malformed bytes show up here
+        return addresses
+    except (MultiaddrError, ValueError, TypeError, KeyError, IndexError) as error:
+        raise RemoteProtocolError("bytes that are no multiaddr") from error
+
+
+def read_contacts(fields: Mapping[str, Any]) -> list[Contact]:
+    contacts = []
+    for pair in packing.field(fields, "peers", list, max_length=K):
+        match pair:
+            case [bytes(peer_id), list(addresses)] if 0 < len(peer_id) <= MAX_PEER_ID_BYTES:
+                contacts.append(Contact(peer_id=PeerId(peer_id), addresses=read_addresses({"a": addresses}, "a")))
+            case _:
+                raise RemoteProtocolError("a peer that is not [id, addresses]")
+    return contacts
+
+
+def read_key(fields: Mapping[str, Any]) -> bytes:
+    key = packing.field(fields, "key", bytes)
+    if len(key) != KEY_BYTES:
+        raise RemoteProtocolError(f"a key of {len(key)} bytes, not {KEY_BYTES}")
+    return key

@@ -1,0 +1,74 @@
+"""``/ipfs/id/1.0.0``: who we are, what we speak, where we listen, and where we see the asker.
+
+Source: https://github.com/libp2p/specs/blob/master/identify/README.md
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from google.protobuf.message import DecodeError
+from libp2p.identity.identify.pb.identify_pb2 import Identify
+
+import net.version
+from net import errors
+from net.identity import PeerId
+from net.io import receive_exactly, send
+from net.mux.driver import YamuxStream
+from net.swarm import Connection
+
+if TYPE_CHECKING:
+    from net.host import Host
+
+PROTOCOL_ID = "/ipfs/id/1.0.0"
+PROTOCOL_VERSION = "ipfs/0.1.0"
+MAX_MESSAGE_BYTES = 8 * 1024  # go-libp2p
+
+
+def serve_identify(host: Host) -> None:
+    async def answer(connection: Connection, stream: YamuxStream) -> None:
+        message = Identify(
+            protocol_version=PROTOCOL_VERSION,
+            agent_version=f"raceme/{net.version.VERSION}",
+            public_key=host.identity.key_pair.public_key.serialize(),
+            listen_addrs=[address.to_bytes() for address in host.addresses],
+            observed_addr=connection.remote.to_bytes(),
+            protocols=host.protocols,
+        ).SerializeToString()
+        await send(stream, _varint(len(message)) + message)
+
+    host.handle(PROTOCOL_ID, answer)
+
+
+async def identify(host: Host, peer_id: PeerId) -> Identify:
+    """What a connected peer says of itself. Its words, not facts: only the public key is checked.
+
+    Raises:
+        RemoteProtocolError: the message is too long, no message, or another peer's key.
+    """
+    async with host.stream(peer_id, [PROTOCOL_ID]) as stream:
+        length = shift = 0
+        while True:
+            byte = (await receive_exactly(stream, 1))[0]
+            length |= (byte & 127) << shift
+            shift += 7
+            if length > MAX_MESSAGE_BYTES or shift > 21:
+                raise errors.RemoteProtocolError(f"an identify message of more than {MAX_MESSAGE_BYTES} bytes")
+            if byte < 128:
+                break
+        data = await receive_exactly(stream, length)
+    message = Identify()
+    try:
+        message.ParseFromString(data)
+    except DecodeError as error:
+        raise errors.RemoteProtocolError("an identify message that is no protobuf") from error
+    return message
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value >= 128:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)

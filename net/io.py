@@ -1,0 +1,37 @@
+"""Small helpers over trio streams that several protocols need."""
+
+from __future__ import annotations
+
+import trio
+
+from net.errors import ConnectionLost
+
+
+async def receive_exactly(stream: trio.abc.ReceiveStream, count: int) -> bytes:
+    """Read ``count`` bytes, no more and no less.
+
+    Raises:
+        ConnectionLost: the stream ended or broke before that.
+    """
+    parts = bytearray()
+    while len(parts) < count:
+        try:
+            part = await stream.receive_some(count - len(parts))
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise ConnectionLost("the connection broke") from error
+        if not part:
+            raise ConnectionLost("the connection was closed by the other side")
+        parts += part
+    return bytes(parts)
+
+
+async def send(stream: trio.abc.SendStream, data: bytes) -> None:
+    """``send_all`` with this floor's errors.
+
+    Raises:
+        ConnectionLost: the other side is gone.
+    """
+    try:
+        await stream.send_all(data)
+    except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+        raise ConnectionLost("the connection broke") from error

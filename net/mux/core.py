@@ -1,0 +1,379 @@
+"""Yamux without I/O: bytes and the time go in; events and bytes come out.
+
+The driver feeds ``receive_data`` and acts on the events, calls the stream methods, and sends what
+``data_to_send`` gives. Small things first: control frames before data, and data of the open streams
+in turn, one frame each, so that no stream waits for more than one frame of every other.
+
+Flow control: each side may have at most one window of bytes on its way in a stream. Ours is enforced:
+a peer that sends more than it was given has broken the protocol. A window that is used up within four
+round trips doubles, up to ``max_window_bytes``.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from net.errors import LimitExceeded, LocalProtocolError, RemoteProtocolError
+from net.mux.frames import HEADER_BYTES, Flags, GoAway, Header, Type
+from net.security.base import RECORD_BYTES
+
+INITIAL_WINDOW_BYTES = 256 * 1024  # the specification's
+FORGOTTEN_FRAME_BYTES = 1024 * 1024  # one frame that was on its way when we reset its stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class YamuxSettings:
+    """Bounds of one connection."""
+
+    max_window_bytes: int = 16 * 1024 * 1024  # go-yamux
+    max_inbound_streams: int = 256  # go-libp2p
+    max_outbound_streams: int = 256
+    max_control_frames: int = 4096  # answers waiting to be sent; more means that the peer does not read
+    frame_bytes: int = RECORD_BYTES - HEADER_BYTES  # a frame and its header fill one record
+    keepalive_s: float = 4.0
+    dead_after_s: float = 9.0  # without a single byte
+
+
+class State(enum.Enum):
+    """A stream's half-closed states, by who has ended sending."""
+
+    OPEN = "open"
+    LOCAL_ENDED = "we ended"
+    REMOTE_ENDED = "they ended"
+
+
+class StreamOpened(NamedTuple):
+    """The peer opened a stream; answer with ``accept`` or ``reset``."""
+
+    stream_id: int
+
+
+class DataReceived(NamedTuple):
+    stream_id: int
+    data: bytes
+
+
+class StreamEnded(NamedTuple):
+    """The peer has sent all it will."""
+
+    stream_id: int
+
+
+class StreamReset(NamedTuple):
+    stream_id: int
+
+
+class WindowOpened(NamedTuple):
+    """There is room to send again."""
+
+    stream_id: int
+
+
+class PingAnswered(NamedTuple):
+    round_trip_s: float
+
+
+class PeerGoesAway(NamedTuple):
+    """The peer takes no new streams."""
+
+    reason: int
+
+
+Event = StreamOpened | DataReceived | StreamEnded | StreamReset | WindowOpened | PingAnswered | PeerGoesAway
+
+
+@dataclass(kw_only=True)
+class _Stream:
+    state: State = State.OPEN
+    send_window: int = INITIAL_WINDOW_BYTES
+    receive_window: int = INITIAL_WINDOW_BYTES  # what the peer may still send
+    window_size: int = INITIAL_WINDOW_BYTES
+    consumed: int = 0  # by our reader, not given back yet
+    updated_at: float = 0.0
+    outgoing: deque[memoryview] = field(default_factory=deque)
+    outgoing_bytes: int = 0
+    ending: bool = False  # a FIN waits behind the outgoing data
+    inbound: bool
+
+
+class YamuxCore:
+    """One connection's Yamux state.
+
+    Args:
+        client: whether we dialled. The dialler's streams are odd, the listener's even.
+        now: seconds, any monotonic origin.
+    """
+
+    def __init__(self, *, client: bool, now: float, settings: YamuxSettings | None = None) -> None:
+        self.settings = settings or YamuxSettings()
+        self.round_trip_s: float | None = None
+        self._next_id = 1 if client else 2
+        self._streams: dict[int, _Stream] = {}
+        self._incoming = bytearray()
+        self._control: deque[bytes] = deque()
+        self._ready: deque[int] = deque()  # streams with something to send, in turn
+        self._counts = {True: 0, False: 0}  # open streams by inbound
+        self._ping: tuple[int, float] | None = None
+        self._pings = 0
+        self._heard_at = now
+        self._pinged_at = now
+        self._going_away = False
+        self._peer_going_away = False
+
+    # What the driver does with streams
+
+    def open_stream(self, now: float) -> int:
+        """A new stream's id; its SYN waits to be sent.
+
+        Raises:
+            LimitExceeded: as many as allowed are open, or either side is going away.
+        """
+        if self._going_away or self._peer_going_away:
+            raise LimitExceeded("the connection takes no new streams: it is being closed")
+        if self._counts[False] >= self.settings.max_outbound_streams:
+            raise LimitExceeded(f"{self._counts[False]} streams are open to this peer, the most allowed")
+        stream_id = self._next_id
+        self._next_id += 2
+        self._add(stream_id, inbound=False, now=now)
+        self._queue(Header(Type.WINDOW_UPDATE, Flags.SYN, stream_id, 0))
+        return stream_id
+
+    def accept(self, stream_id: int) -> None:
+        """Tell the peer that its stream is welcome."""
+        if stream_id in self._streams:
+            self._queue(Header(Type.WINDOW_UPDATE, Flags.ACK, stream_id, 0))
+
+    def send(self, stream_id: int, data: bytes | bytearray | memoryview) -> None:
+        """Queue ``data``, which must not change until it is sent. The driver bounds what waits (``unsent``)."""
+        stream = self._streams.get(stream_id)
+        if stream is None or stream.ending or stream.state is State.LOCAL_ENDED:
+            raise LocalProtocolError(f"data after the end of stream {stream_id}")
+        view = memoryview(data).cast("B")
+        if view:
+            stream.outgoing.append(view)
+            stream.outgoing_bytes += len(view)
+            self._schedule(stream_id, stream)
+
+    def unsent(self, stream_id: int) -> int:
+        """Bytes queued for a stream and not sent yet."""
+        stream = self._streams.get(stream_id)
+        return stream.outgoing_bytes if stream is not None else 0
+
+    def is_open(self, stream_id: int) -> bool:
+        """Whether either side can still send."""
+        return stream_id in self._streams
+
+    def end(self, stream_id: int) -> None:
+        """Half-close: no more data from us, after what is queued."""
+        stream = self._streams.get(stream_id)
+        if stream is not None and not stream.ending and stream.state is not State.LOCAL_ENDED:
+            stream.ending = True
+            self._schedule(stream_id, stream)
+
+    def reset(self, stream_id: int) -> None:
+        """End both directions at once and forget what was queued."""
+        if stream_id in self._streams:
+            self._remove(stream_id)
+            self._queue(Header(Type.WINDOW_UPDATE, Flags.RST, stream_id, 0))
+
+    def consumed(self, stream_id: int, count: int, now: float) -> None:
+        """Our reader took ``count`` bytes: give the peer room for as many when half a window is due."""
+        stream = self._streams.get(stream_id)
+        if stream is None or stream.state is State.REMOTE_ENDED:
+            return
+        stream.consumed += count
+        if stream.consumed < stream.window_size // 2:
+            return
+        increase = stream.consumed
+        quick = self.round_trip_s is not None and now - stream.updated_at < 4 * self.round_trip_s
+        if quick and stream.window_size < self.settings.max_window_bytes:
+            increase += stream.window_size
+            stream.window_size *= 2
+        stream.consumed = 0
+        stream.updated_at = now
+        stream.receive_window += increase
+        self._queue(Header(Type.WINDOW_UPDATE, Flags.NONE, stream_id, increase))
+
+    def go_away(self, reason: GoAway = GoAway.NORMAL) -> None:
+        """Refuse new streams from now on, and say so."""
+        if not self._going_away:
+            self._going_away = True
+            self._queue(Header(Type.GO_AWAY, Flags.NONE, 0, reason))
+
+    # Time
+
+    def deadline(self) -> float:
+        """When ``tick`` wants to be called next."""
+        return min(self._pinged_at + self.settings.keepalive_s, self._heard_at + self.settings.dead_after_s)
+
+    def tick(self, now: float) -> bool:
+        """Ping when it is time. False: the peer has been silent for too long and counts as dead."""
+        if now - self._heard_at >= self.settings.dead_after_s:
+            return False
+        if now - self._pinged_at >= self.settings.keepalive_s:
+            self._pinged_at = now
+            self._pings = (self._pings + 1) & 0xFFFFFFFF
+            self._ping = (self._pings, now)
+            self._queue(Header(Type.PING, Flags.SYN, 0, self._pings))
+        return True
+
+    # What goes out
+
+    @property
+    def has_data_to_send(self) -> bool:
+        return bool(self._control or self._ready)
+
+    def data_to_send(self, max_bytes: int) -> list[bytes | memoryview]:
+        """Frames worth about ``max_bytes``, at most one of each stream and turn; empty when there is nothing."""
+        out: list[bytes | memoryview] = list(self._control)
+        size = HEADER_BYTES * len(out)
+        self._control.clear()
+        while self._ready and size < max_bytes:
+            stream_id = self._ready.popleft()
+            stream = self._streams.get(stream_id)
+            if stream is not None:
+                size += self._take_frame(stream_id, stream, out)
+        return out
+
+    def _take_frame(self, stream_id: int, stream: _Stream, out: list[bytes | memoryview]) -> int:
+        room = min(self.settings.frame_bytes, stream.send_window)
+        parts: list[memoryview] = []
+        count = 0
+        while stream.outgoing and count < room:
+            part = stream.outgoing.popleft()
+            if len(part) > room - count:
+                stream.outgoing.appendleft(part[room - count :])
+                part = part[: room - count]
+            parts.append(part)
+            count += len(part)
+        stream.send_window -= count
+        stream.outgoing_bytes -= count
+        fin = stream.ending and not stream.outgoing
+        out.append(Header(Type.DATA, Flags.FIN if fin else Flags.NONE, stream_id, count).encode())
+        out += parts
+        if fin:
+            stream.ending = False
+            self._half_close(stream_id, stream, State.LOCAL_ENDED)
+        self._schedule(stream_id, stream)
+        return HEADER_BYTES + count
+
+    # What comes in
+
+    def receive_data(self, data: bytes | bytearray, now: float) -> list[Event]:
+        """Take bytes from the wire.
+
+        Raises:
+            RemoteProtocolError: the peer broke the protocol; the connection must be closed.
+        """
+        self._heard_at = now
+        self._incoming += data
+        events: list[Event] = []
+        position = 0
+        while len(self._incoming) - position >= HEADER_BYTES:
+            header = Header.decode(self._incoming, position)
+            end = position + HEADER_BYTES
+            if header.type is Type.DATA:
+                self._check_window(header)
+                end += header.length
+                if len(self._incoming) < end:
+                    break
+            self._receive_frame(header, bytes(self._incoming[position + HEADER_BYTES : end]), now, events)
+            position = end
+        del self._incoming[:position]
+        return events
+
+    def _check_window(self, header: Header) -> None:
+        stream = self._streams.get(header.stream_id)
+        allowed = INITIAL_WINDOW_BYTES if stream is None else stream.receive_window
+        if stream is None and not header.flags & Flags.SYN:
+            allowed = FORGOTTEN_FRAME_BYTES
+        if header.length > allowed:
+            raise RemoteProtocolError(
+                f"{header.length} bytes for stream {header.stream_id}, which has room for {allowed}"
+            )
+
+    def _receive_frame(self, header: Header, body: bytes, now: float, events: list[Event]) -> None:
+        if header.type is Type.PING:
+            self._receive_ping(header, now, events)
+        elif header.type is Type.GO_AWAY:
+            self._peer_going_away = True
+            events.append(PeerGoesAway(header.length))
+        else:
+            self._receive_stream_frame(header, body, now, events)
+
+    def _receive_ping(self, header: Header, now: float, events: list[Event]) -> None:
+        if header.flags & Flags.SYN:
+            self._queue(Header(Type.PING, Flags.ACK, 0, header.length))
+        elif self._ping is not None and header.length == self._ping[0]:
+            sample = now - self._ping[1]
+            self._ping = None
+            previous = self.round_trip_s
+            self.round_trip_s = sample if previous is None else 0.8 * previous + 0.2 * sample
+            events.append(PingAnswered(sample))
+
+    def _receive_stream_frame(self, header: Header, body: bytes, now: float, events: list[Event]) -> None:
+        if header.flags & Flags.SYN and not self._receive_syn(header.stream_id, now, events):
+            return
+        stream = self._streams.get(header.stream_id)
+        if stream is None:
+            return  # reset or ended by us; the rest was on its way
+        if header.flags & Flags.RST:
+            self._remove(header.stream_id)
+            events.append(StreamReset(header.stream_id))
+            return
+        if header.type is Type.WINDOW_UPDATE:
+            if header.length:
+                stream.send_window += header.length
+                if stream.send_window > 0xFFFFFFFF:
+                    raise RemoteProtocolError(f"stream {header.stream_id} was given a window beyond 4 GiB")
+                self._schedule(header.stream_id, stream)
+                events.append(WindowOpened(header.stream_id))
+        elif body:
+            if stream.state is State.REMOTE_ENDED:
+                raise RemoteProtocolError(f"data after the end of stream {header.stream_id}")
+            stream.receive_window -= len(body)
+            events.append(DataReceived(header.stream_id, body))
+        if header.flags & Flags.FIN and stream.state is not State.REMOTE_ENDED:
+            events.append(StreamEnded(header.stream_id))
+            self._half_close(header.stream_id, stream, State.REMOTE_ENDED)
+
+    def _receive_syn(self, stream_id: int, now: float, events: list[Event]) -> bool:
+        if stream_id % 2 == self._next_id % 2:
+            raise RemoteProtocolError(f"the peer opened stream {stream_id}, a number of ours")
+        if stream_id in self._streams:
+            raise RemoteProtocolError(f"the peer opened stream {stream_id} twice")
+        if self._going_away or self._counts[True] >= self.settings.max_inbound_streams:
+            self._queue(Header(Type.WINDOW_UPDATE, Flags.RST, stream_id, 0))
+            return False
+        self._add(stream_id, inbound=True, now=now)
+        events.append(StreamOpened(stream_id))
+        return True
+
+    # Book-keeping
+
+    def _add(self, stream_id: int, *, inbound: bool, now: float) -> None:
+        self._streams[stream_id] = _Stream(inbound=inbound, updated_at=now)
+        self._counts[inbound] += 1
+
+    def _remove(self, stream_id: int) -> None:
+        stream = self._streams.pop(stream_id)
+        self._counts[stream.inbound] -= 1
+
+    def _half_close(self, stream_id: int, stream: _Stream, side: State) -> None:
+        if stream.state is State.OPEN:
+            stream.state = side
+        elif stream.state is not side:
+            self._remove(stream_id)
+
+    def _schedule(self, stream_id: int, stream: _Stream) -> None:
+        sendable = (stream.outgoing and stream.send_window > 0) or (stream.ending and not stream.outgoing)
+        if sendable and stream_id in self._streams and stream_id not in self._ready:
+            self._ready.append(stream_id)
+
+    def _queue(self, header: Header) -> None:
+        if len(self._control) >= self.settings.max_control_frames:
+            raise RemoteProtocolError("the peer asks for answers and does not read them")
+        self._control.append(header.encode())

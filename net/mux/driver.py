@@ -1,0 +1,320 @@
+"""Yamux over a secure channel: one reader, one writer, one timer, and the streams.
+
+The writer task alone touches the channel's sending side and is never cancelled inside a frame by a
+stream's user: cancelling ``send_all`` on a stream leaves at most an unfinished message on that stream.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from net import errors
+from net.mux import core as yamux
+from net.mux.frames import GoAway
+from net.security.base import SecureChannel
+
+PROTOCOL_ID = "/yamux/1.0.0"
+SEND_BATCH_BYTES = 256 * 1024
+STREAM_SEND_BUFFER_BYTES = 256 * 1024  # waiting in one stream before send_all waits too
+GOODBYE_S = 1.0
+LINGER_S = 60.0  # for the peer's end of a stream that we closed
+
+
+class YamuxStream(trio.abc.HalfCloseableStream):
+    """One stream. At most one task sends and one receives at a time.
+
+    Raises (from sending and receiving): ``errors.StreamReset`` when either side reset it,
+    ``errors.ConnectionLost`` when the connection ended under it. An end that the peer meant is ``b""``.
+
+    Cancellation: of ``send_all``, an unknown part was sent; of ``receive_some``, nothing is lost.
+    """
+
+    def __init__(self, connection: YamuxConnection, stream_id: int) -> None:
+        self.connection = connection
+        self.stream_id = stream_id
+        self._received: deque[memoryview] = deque()
+        self._ended = False
+        self._failure: errors.NetError | None = None
+        self._closed = False
+        self._readable = trio.lowlevel.ParkingLot()
+        self._writable = trio.lowlevel.ParkingLot()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while not self._received:
+            if self._closed:
+                raise trio.ClosedResourceError("this stream was closed here")
+            if self._ended:
+                return b""
+            if self._failure is not None:
+                raise self._failure
+            await self._readable.park()
+        part = self._received.popleft()
+        if max_bytes is not None and len(part) > max_bytes:
+            self._received.appendleft(part[max_bytes:])
+            part = part[:max_bytes]
+        self.connection._consumed(self.stream_id, len(part))
+        return bytes(part)
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        view = memoryview(data).cast("B")
+        while True:
+            if self._closed:
+                raise trio.ClosedResourceError("this stream was closed here")
+            if self._failure is not None:
+                raise self._failure
+            room = STREAM_SEND_BUFFER_BYTES - self.connection._core.unsent(self.stream_id)
+            if view and room > 0:
+                self.connection._send(self.stream_id, bytes(view[:room]))
+                view = view[room:]
+            elif view:
+                await self._writable.park()
+            else:
+                return
+
+    async def wait_send_all_might_not_block(self) -> None:
+        while self._failure is None and not self._closed:
+            if self.connection._core.unsent(self.stream_id) < STREAM_SEND_BUFFER_BYTES:
+                return
+            await self._writable.park()
+
+    async def send_eof(self) -> None:
+        """Say that nothing more will come; receiving goes on."""
+        self.connection._end(self.stream_id)
+        await trio.lowlevel.checkpoint()
+
+    def reset(self) -> None:
+        """End both directions now; the peer learns that it was no proper end."""
+        self._closed = True
+        self.connection._reset(self.stream_id)
+        self._wake()
+
+    async def aclose(self) -> None:
+        """End our side; what the peer still sends is dropped, and after a minute refused."""
+        if not self._closed:
+            self._closed = True
+            self.connection._close(self.stream_id)
+            self._wake()
+        await trio.lowlevel.checkpoint()
+
+    def _feed(self, data: bytes) -> None:
+        self._received.append(memoryview(data))
+        self._readable.unpark_all()
+
+    def _end(self) -> None:
+        self._ended = True
+        self._readable.unpark_all()
+
+    def _fail(self, error: errors.NetError) -> None:
+        if self._failure is None:
+            self._failure = error
+        self._wake()
+
+    def _wake(self) -> None:
+        self._readable.unpark_all()
+        self._writable.unpark_all()
+
+
+class YamuxConnection:
+    """Streams over one secure channel, for as long as ``run`` runs."""
+
+    def __init__(self, channel: SecureChannel, *, client: bool, settings: yamux.YamuxSettings | None = None) -> None:
+        self._channel = channel
+        self._core = yamux.YamuxCore(client=client, now=trio.current_time(), settings=settings)
+        self._streams: dict[int, YamuxStream] = {}
+        self._closed_here: dict[int, float] = {}  # streams whose peer has not ended yet, until when it may
+        self._sending = False
+        self._wake_writer = trio.Event()
+        self._failure: errors.NetError | None = None
+        self._closing = False
+
+    @property
+    def round_trip_s(self) -> float | None:
+        """Smoothed, from keepalive pings; None before the first."""
+        return self._core.round_trip_s
+
+    @property
+    def open_streams(self) -> int:
+        return len(self._streams)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closing or self._failure is not None
+
+    async def run(
+        self,
+        on_stream: Callable[[YamuxStream], Awaitable[None]],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Carry the streams until either side closes the connection; ``on_stream`` runs for each of the peer's.
+
+        Always closes the channel and fails what is still open. ``on_stream`` must not raise.
+        Cancellation: says goodbye for at most a second.
+        """
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._read, on_stream, nursery)
+                nursery.start_soon(self._write, nursery.cancel_scope)
+                nursery.start_soon(self._keep_alive, nursery.cancel_scope)
+                task_status.started()
+        finally:
+            self._fail(errors.ConnectionLost("the connection was closed"))
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + GOODBYE_S):
+                await self._say_goodbye()
+            await trio.aclose_forcefully(self._channel)
+
+    def open_stream(self) -> YamuxStream:
+        """A new stream. The peer may still refuse it, which then reads as a reset.
+
+        Raises:
+            LimitExceeded: too many are open.
+            ConnectionLost: the connection is closed.
+        """
+        if self._failure is not None:
+            raise self._failure
+        stream_id = self._core.open_stream(trio.current_time())
+        stream = self._streams[stream_id] = YamuxStream(self, stream_id)
+        self._wake_writer.set()
+        return stream
+
+    def close(self) -> None:
+        """Make ``run`` end."""
+        self._closing = True
+        self._core.go_away()
+        self._wake_writer.set()
+
+    # The three tasks
+
+    async def _read(self, on_stream: Callable[[YamuxStream], Awaitable[None]], nursery: trio.Nursery) -> None:
+        failure: errors.NetError = errors.ConnectionLost("the connection was closed by the other side")
+        try:
+            while data := await self._channel.receive_some():
+                for event in self._core.receive_data(data, trio.current_time()):
+                    self._handle(event, on_stream, nursery)
+                if self._core.has_data_to_send:
+                    self._wake_writer.set()
+        except trio.BrokenResourceError as error:
+            failure = errors.ConnectionLost(f"the connection broke ({error})")
+        except trio.ClosedResourceError:
+            pass
+        except errors.RemoteProtocolError as error:
+            failure = error
+            self._core.go_away(GoAway.PROTOCOL_ERROR)
+        self._fail(failure)
+        nursery.cancel_scope.cancel()
+
+    async def _write(self, cancel_scope: trio.CancelScope) -> None:
+        try:
+            while True:
+                while self._core.has_data_to_send:
+                    self._sending = True
+                    await self._channel.send_all(b"".join(self._core.data_to_send(SEND_BATCH_BYTES)))
+                    self._sending = False
+                    for stream_id, stream in list(self._streams.items()):
+                        stream._writable.unpark_all()
+                        self._forget_ended(stream_id)
+                if self._closing:
+                    break
+                self._wake_writer = trio.Event()
+                await self._wake_writer.wait()
+        except trio.BrokenResourceError:
+            self._fail(errors.ConnectionLost("the connection broke"))
+        except trio.ClosedResourceError:
+            pass
+        cancel_scope.cancel()
+
+    async def _keep_alive(self, cancel_scope: trio.CancelScope) -> None:
+        while True:
+            await trio.sleep_until(self._core.deadline())
+            if not self._core.tick(trio.current_time()):
+                self._fail(errors.ConnectionLost("the peer has stopped answering"))
+                cancel_scope.cancel()
+                return
+            for stream_id, until in list(self._closed_here.items()):
+                if trio.current_time() >= until or not self._core.is_open(stream_id):
+                    del self._closed_here[stream_id]
+                    self._core.reset(stream_id)
+            self._wake_writer.set()
+
+    async def _say_goodbye(self) -> None:
+        self._core.go_away()
+        if not self._sending and self._core.has_data_to_send:  # else a record was cut in the middle
+            try:
+                await self._channel.send_all(b"".join(self._core.data_to_send(SEND_BATCH_BYTES)))
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass  # the other side is gone already: nobody to say it to
+
+    # Events
+
+    def _handle(
+        self,
+        event: yamux.Event,
+        on_stream: Callable[[YamuxStream], Awaitable[None]],
+        nursery: trio.Nursery,
+    ) -> None:
+        match event:
+            case yamux.StreamOpened(stream_id):
+                stream = self._streams[stream_id] = YamuxStream(self, stream_id)
+                self._core.accept(stream_id)
+                nursery.start_soon(on_stream, stream)
+            case yamux.DataReceived(stream_id, data):
+                if (receiver := self._streams.get(stream_id)) is not None:
+                    receiver._feed(data)
+                else:
+                    self._core.consumed(stream_id, len(data), trio.current_time())
+            case yamux.StreamEnded(stream_id):
+                self._closed_here.pop(stream_id, None)
+                if (ended := self._streams.get(stream_id)) is not None:
+                    ended._end()
+                    self._forget_ended(stream_id)
+            case yamux.StreamReset(stream_id):
+                self._closed_here.pop(stream_id, None)
+                if (reset := self._streams.pop(stream_id, None)) is not None:
+                    reset._fail(errors.StreamReset("the stream was reset by the other side"))
+            case yamux.WindowOpened(_):
+                self._wake_writer.set()
+            case yamux.PingAnswered() | yamux.PeerGoesAway():
+                pass
+
+    def _fail(self, error: errors.NetError) -> None:
+        if self._failure is None:
+            self._failure = error
+            for stream in self._streams.values():
+                stream._fail(error)
+            self._streams.clear()
+
+    # What streams call
+
+    def _send(self, stream_id: int, data: bytes) -> None:
+        self._core.send(stream_id, data)
+        self._wake_writer.set()
+
+    def _consumed(self, stream_id: int, count: int) -> None:
+        self._core.consumed(stream_id, count, trio.current_time())
+        if self._core.has_data_to_send:
+            self._wake_writer.set()
+
+    def _end(self, stream_id: int) -> None:
+        self._core.end(stream_id)
+        self._wake_writer.set()
+
+    def _reset(self, stream_id: int) -> None:
+        self._streams.pop(stream_id, None)
+        self._core.reset(stream_id)
+        self._wake_writer.set()
+
+    def _close(self, stream_id: int) -> None:
+        self._streams.pop(stream_id, None)
+        self._core.end(stream_id)
+        if self._core.is_open(stream_id):
+            self._closed_here[stream_id] = trio.current_time() + LINGER_S
+        self._wake_writer.set()
+
+    def _forget_ended(self, stream_id: int) -> None:
+        if not self._core.is_open(stream_id):
+            self._streams.pop(stream_id, None)

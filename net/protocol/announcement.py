@@ -1,0 +1,122 @@
+"""What a compute node announces: a signed record of kind ``node`` under the key of all nodes.
+
+body = {
+    "addresses": [bytes...],            multiaddrs, best first
+    "model": str, "digest": hex,        its name and the digest of its config and weight map
+    "blocks": int,                      how many the whole model has
+    "start": int, "end": int,           the span served, [start, end)
+    "weights": hex,                     digest of the span's weights as stored
+    "numerics": [dtype, quantization, backend]
+    "decode_tokens_per_s": float,       measured, batch 1
+    "cache_tokens_left": int, "max_length": int,
+    "agent": str,
+}
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from net.addresses import Multiaddr
+from net.dht import wire
+from net.errors import RecordError, RemoteProtocolError
+from net.identity import PeerId
+from net.records import Record
+from net.rpc import packing
+
+KIND = "node"
+DIRECTORY = "raceme/nodes/1"
+MAX_BLOCKS = 1024
+MAX_NAME_CHARACTERS = 96
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
+HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numerics:
+    """What decides the bits of a result besides weights and input. Sessions keep to one class."""
+
+    dtype: str
+    quantization: str
+    backend: str
+
+    def __str__(self) -> str:
+        return self.dtype if self.quantization == "none" else f"{self.dtype}/{self.quantization}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeAnnouncement:
+    """One node's offer, read from a verified record or to be signed."""
+
+    peer_id: PeerId
+    addresses: tuple[Multiaddr, ...]
+    model: str
+    digest: str
+    blocks: int
+    start: int
+    end: int
+    weights: str
+    numerics: Numerics
+    decode_tokens_per_s: float
+    cache_tokens_left: int
+    max_length: int
+    agent: str
+
+    def to_body(self) -> dict[str, Any]:
+        return {
+            "addresses": wire.write_addresses(self.addresses),
+            "model": self.model,
+            "digest": self.digest,
+            "blocks": self.blocks,
+            "start": self.start,
+            "end": self.end,
+            "weights": self.weights,
+            "numerics": [self.numerics.dtype, self.numerics.quantization, self.numerics.backend],
+            "decode_tokens_per_s": self.decode_tokens_per_s,
+            "cache_tokens_left": self.cache_tokens_left,
+            "max_length": self.max_length,
+            "agent": self.agent,
+        }
+
+    @classmethod
+    def from_record(cls, record: Record) -> NodeAnnouncement:
+        """Raises:
+        RecordError: fields that are missing, of the wrong kind, or out of bounds.
+        """
+        try:
+            return cls._parse(record.peer_id, record.body)
+        except RemoteProtocolError as error:
+            raise RecordError(f"a malformed announcement of {record.peer_id}: {error}") from error
+
+    @classmethod
+    def _parse(cls, peer_id: PeerId, body: Mapping[str, Any]) -> NodeAnnouncement:
+        blocks = packing.integer(body, "blocks", 1, MAX_BLOCKS)
+        end = packing.integer(body, "end", 1, blocks)
+        numerics = packing.items(body, "numerics", str, max_items=3, max_length=32)
+        if len(numerics) != 3:
+            raise RemoteProtocolError("'numerics' is not [dtype, quantization, backend]")
+        return cls(
+            peer_id=peer_id,
+            addresses=wire.read_addresses(body, "addresses"),
+            model=_matching(body, "model", NAME, MAX_NAME_CHARACTERS),
+            digest=_matching(body, "digest", HEX_DIGEST, 64),
+            blocks=blocks,
+            start=packing.integer(body, "start", 0, end - 1),
+            end=end,
+            weights=_matching(body, "weights", HEX_DIGEST, 64),
+            numerics=Numerics(dtype=numerics[0], quantization=numerics[1], backend=numerics[2]),
+            decode_tokens_per_s=packing.number(body, "decode_tokens_per_s", 0.0, 1e9),
+            cache_tokens_left=packing.integer(body, "cache_tokens_left", 0, 2**40),
+            max_length=packing.integer(body, "max_length", 1, 2**30),
+            agent=packing.field(body, "agent", str, max_length=64),
+        )
+
+
+def _matching(body: Mapping[str, Any], name: str, pattern: re.Pattern[str], max_length: int) -> str:
+    text = packing.field(body, name, str, max_length=max_length)
+    if not pattern.fullmatch(text):
+        raise RemoteProtocolError(f"{name!r} is {text!r}, which is not of the form expected")
+    return text

@@ -1,0 +1,176 @@
+"""Calls over one stream, one at a time, answered in order.
+
+A lane is what a client keeps open to a node for as long as a session lasts. A call is a message whose
+header has ``"m"``, the method; its answer has the result's fields, or ``"e"`` (a code), ``"why"`` (a line
+for people) and perhaps ``"retry_after_s"``. Who wants two calls at once opens two lanes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+import trio
+
+from net import errors
+from net.identity import PeerId
+from net.mux.driver import YamuxStream
+from net.rpc import packing
+from net.rpc.framing import Decoder, Message, encode
+
+logger = logging.getLogger(__name__)
+
+MIN_BYTES_PER_S = 1024  # once a message has begun: slower senders are cut off
+FIRST_BYTES_S = 5.0
+
+Method = Callable[[Message], Awaitable[Message]]
+
+
+class Lane:
+    """The calling side of a stream. Closes it at the end of its block, or when a call fails half-way."""
+
+    def __init__(self, stream: YamuxStream, peer_id: PeerId) -> None:
+        self.peer_id = peer_id
+        self._stream = stream
+        self._messages = _MessageStream(stream)
+        self._lock = trio.Lock()
+        self._broken: errors.NetError | None = None
+
+    async def call(self, method: str, message: Message | Mapping[str, Any], *, timeout_s: float) -> Message:
+        """Send a call, wait for its answer.
+
+        Raises:
+            RpcError: the other side refused it; the lane goes on.
+            PeerFailed: no answer in time, a broken connection or a broken protocol; the lane is over.
+        Cancellation: the lane is over; the other side may or may not have done what was asked.
+        """
+        if not isinstance(message, Message):
+            message = Message(header=message)
+        request = Message(header={**message.header, "m": method}, tensors=message.tensors)
+        async with self._lock:
+            if self._broken is not None:
+                raise errors.PeerFailed(self.peer_id, f"the lane is over ({self._broken})")
+            self._broken = errors.ConnectionLost("a call was broken off")
+            answer: Message | None = None
+            try:
+                with trio.fail_after(timeout_s):
+                    await self._messages.send(request)
+                    answer = await self._messages.receive()
+            except trio.TooSlowError as error:
+                self._broken = errors.ConnectionLost(f"no answer in {timeout_s:g} s")
+                raise errors.PeerFailed(self.peer_id, f"no answer to {method!r} in {timeout_s:g} s") from error
+            except trio.ClosedResourceError as error:
+                raise errors.PeerFailed(self.peer_id, "the lane was closed here") from error
+            except errors.LocalProtocolError:
+                self._broken = None  # refused before a byte was sent
+                raise
+            except errors.NetError as error:
+                self._broken = error
+                raise errors.PeerFailed(self.peer_id, str(error)) from error
+            finally:
+                if answer is not None:
+                    self._broken = None
+                elif self._broken is not None:
+                    self._stream.reset()
+        if answer is None:
+            raise errors.PeerFailed(self.peer_id, f"ended the lane instead of answering {method!r}")
+        if "e" in answer.header:
+            raise _read_error(answer.header)
+        return answer
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    async def __aenter__(self) -> Lane:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with trio.CancelScope(shield=True):
+            await self.aclose()
+
+
+async def serve(stream: YamuxStream, peer_id: PeerId, methods: Mapping[str, Method], *, idle_s: float) -> None:
+    """Answer calls on a stream until its end, or until ``idle_s`` pass without one.
+
+    A method refuses by raising RpcError. RemoteProtocolError in a method means that the call's fields made
+    no sense; it is answered as ``bad-input``. Anything else is a bug of ours: answered as ``internal``, logged.
+
+    Raises:
+        RemoteProtocolError, StreamReset, ConnectionLost: the stream is broken.
+    """
+    messages = _MessageStream(stream)
+    while True:
+        with trio.move_on_after(idle_s) as scope:
+            request = await messages.receive()
+        if scope.cancelled_caught or request is None:
+            return
+        await messages.send(await _answer(request, peer_id, methods))
+
+
+async def _answer(request: Message, peer_id: PeerId, methods: Mapping[str, Method]) -> Message:
+    name = request.header.get("m")
+    method = methods.get(name) if isinstance(name, str) else None
+    try:
+        if method is None:
+            raise errors.RpcError("unknown-method", f"no method {str(name)[:64]!r} here")
+        return await method(request)
+    except errors.RpcError as error:
+        return _error(error)
+    except errors.RemoteProtocolError as error:
+        return _error(errors.RpcError("bad-input", str(error)))
+    except Exception:
+        logger.exception("method %r failed for %s", name, peer_id)
+        return _error(errors.RpcError("internal", "the node failed at this call; its log says why"))
+
+
+def _error(error: errors.RpcError) -> Message:
+    fields: dict[str, Any] = {"e": error.code, "why": error.message}
+    if error.retry_after_s is not None:
+        fields["retry_after_s"] = error.retry_after_s
+    return Message(header=fields)
+
+
+def _read_error(fields: Mapping[str, Any]) -> errors.RpcError:
+    code = packing.field(fields, "e", str, max_length=64)
+    why = fields.get("why")
+    retry = fields.get("retry_after_s")
+    text = "".join(c for c in str(why)[:500] if c.isprintable())
+    return errors.RpcError(code, text, float(retry) if isinstance(retry, int | float) else None)
+
+
+class _MessageStream:
+    """Whole messages over a stream; whoever begins one must go on at a decent pace."""
+
+    def __init__(self, stream: YamuxStream) -> None:
+        self._stream = stream
+        self._decoder = Decoder()
+        self._ready: list[Message] = []
+
+    async def send(self, message: Message) -> None:
+        for piece in encode(message):
+            await self._stream.send_all(piece)
+
+    async def receive(self) -> Message | None:
+        """The next message; None at the end of the stream."""
+        began: float | None = None
+        received = 0
+        while not self._ready:
+            deadline = float("inf")
+            if self._decoder.is_inside_message:
+                began = trio.current_time() if began is None else began
+                deadline = began + FIRST_BYTES_S + received / MIN_BYTES_PER_S
+            with trio.move_on_at(deadline) as scope:
+                data = await self._stream.receive_some()
+            if scope.cancelled_caught:
+                raise errors.RemoteProtocolError(f"a message that came slower than {MIN_BYTES_PER_S} bytes/s")
+            if not data:
+                if self._decoder.is_inside_message:
+                    raise errors.ConnectionLost("the stream ended inside a message")
+                return None
+            received += len(data)
+            self._ready = self._decoder.receive_data(data)
+        return self._ready.pop(0)

@@ -1,0 +1,1 @@
+"""Secure channels: who is at the other end, and nobody in between. Noise or TLS, never plaintext."""

@@ -1,0 +1,263 @@
+"""Connections: dialling, accepting, keeping, ending.
+
+A connection is a transport's byte stream, secured (Noise or TLS, agreed by multistream-select), and
+muxed (Yamux). Addresses of one peer are dialled side by side with a short stagger, and the first that
+is fully up is kept. Every budget is in ``limits.py``; every slot is freed when its connection ends.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import trio
+
+from net import errors, multistream
+from net.addresses import Multiaddr
+from net.identity import Identity, PeerId
+from net.limits import ConnectionCounts, Limits
+from net.mux.core import YamuxSettings
+from net.mux.driver import PROTOCOL_ID as YAMUX
+from net.mux.driver import YamuxConnection, YamuxStream
+from net.security.base import SecureChannel, Security
+from net.transports.base import RawConnection, Transport
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Connection:
+    """An authenticated connection to ``peer_id``."""
+
+    peer_id: PeerId
+    remote: Multiaddr
+    local: Multiaddr | None
+    security: str
+    outbound: bool
+    mux: YamuxConnection
+
+
+OnStream = Callable[[Connection, YamuxStream], Awaitable[None]]
+
+
+class Swarm:
+    """All connections of one identity, for as long as ``run`` runs."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        transports: Sequence[Transport],
+        securities: Sequence[Security],
+        limits: Limits,
+        on_stream: OnStream,
+    ) -> None:
+        self._identity = identity
+        self._transports = tuple(transports)
+        self._securities = {security.protocol_id: security for security in securities}
+        self._limits = limits
+        self._counts = ConnectionCounts(limits)
+        self._on_stream = on_stream
+        self._connections: dict[PeerId, list[Connection]] = {}
+        self._dialling: dict[PeerId, trio.Lock] = {}
+        self._handshakes = 0
+        # Connections outlive the call that dialled them, so they live here; open while ``run`` runs.
+        self._nursery: trio.Nursery | None = None
+
+    async def run(
+        self,
+        listen: Sequence[Multiaddr],
+        *,
+        task_status: trio.TaskStatus[list[Multiaddr]] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Listen and carry connections until cancelled; ``started`` gets the addresses bound.
+
+        Raises:
+            AddressError: an address cannot be listened on.
+        """
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                bound: list[Multiaddr] = []
+                for address in listen:
+                    transport = self._transport_for(address)
+                    bound += await nursery.start(transport.listen, address, self._accept)
+                task_status.started(bound)
+                await trio.sleep_forever()
+            finally:
+                self._nursery = None
+
+    # Looking
+
+    def connection(self, peer_id: PeerId) -> Connection | None:
+        """An open connection to the peer, if there is one."""
+        alive = [entry for entry in self._connections.get(peer_id, ()) if not entry.mux.is_closed]
+        return alive[0] if alive else None
+
+    @property
+    def connections(self) -> list[Connection]:
+        return [entry for entries in self._connections.values() for entry in entries]
+
+    # Dialling
+
+    async def dial(self, peer_id: PeerId, addresses: Sequence[Multiaddr]) -> Connection:
+        """A connection to the peer: the one that is open, or a new one.
+
+        Several callers that want the same peer share one dial. Takes at most ``limits.dial_s`` a wave.
+
+        Raises:
+            DialError: no address led to the peer; the text has each one's reason.
+            PeerIdMismatch: the only address that answered belongs to somebody else.
+            AddressError: no address is of a kind that can be dialled.
+        Cancellation: leaves nothing open.
+        """
+        if peer_id == self._identity.peer_id:
+            raise errors.DialError("that address is our own")
+        lock = self._dialling.setdefault(peer_id, trio.Lock())
+        try:
+            async with lock:
+                existing = self.connection(peer_id)
+                return existing or await self._race(peer_id, addresses)
+        finally:
+            if not lock.statistics().tasks_waiting and not lock.locked():
+                self._dialling.pop(peer_id, None)
+
+    async def _race(self, peer_id: PeerId, addresses: Sequence[Multiaddr]) -> Connection:
+        candidates = [address for address in dict.fromkeys(addresses) if self._can_dial(address)]
+        if not candidates:
+            offered = ", ".join(map(str, addresses)) or "none"
+            raise errors.AddressError(f"peer {peer_id} has no address that can be dialled (known: {offered})")
+        winner: Connection | None = None
+        failures: list[errors.NetError] = []
+
+        async with trio.open_nursery() as nursery:
+
+            async def attempt(address: Multiaddr, failed: trio.Event) -> None:
+                nonlocal winner
+                try:
+                    connection = await self._dial_one(peer_id, address)
+                except errors.NetError as error:
+                    failures.append(error)
+                    failed.set()
+                    return
+                if winner is None:
+                    winner = connection
+                    nursery.cancel_scope.cancel()
+                else:
+                    connection.mux.close()
+
+            for address in candidates:
+                failed = trio.Event()
+                nursery.start_soon(attempt, address, failed)
+                with trio.move_on_after(self._limits.dial_stagger_s):
+                    await failed.wait()
+        if winner is not None:
+            return winner
+        if len(failures) == 1:
+            raise failures[0]
+        raise errors.DialError("; ".join(dict.fromkeys(str(failure) for failure in failures)))
+
+    async def _dial_one(self, peer_id: PeerId, address: Multiaddr) -> Connection:
+        if self._nursery is None:
+            raise errors.LocalProtocolError("the swarm is not running")
+        with trio.move_on_after(self._limits.dial_s):
+            raw = await self._transport_for(address).dial(address)
+            connection: Connection = await self._nursery.start(self._carry, raw, peer_id)
+            return connection
+        raise errors.DialError(f"{address}: no answer within {self._limits.dial_s:g} s")
+
+    def _can_dial(self, address: Multiaddr) -> bool:
+        return any(transport.can_dial(address) for transport in self._transports)
+
+    def _transport_for(self, address: Multiaddr) -> Transport:
+        for transport in self._transports:
+            if transport.can_dial(address):
+                return transport
+        raise errors.AddressError(f"no transport here speaks {address} (one looks like /ip4/0.0.0.0/tcp/4001)")
+
+    # Accepting
+
+    async def _accept(self, raw: RawConnection) -> None:
+        """One inbound connection, from its first byte to its end: the boundary for what its peer does."""
+        try:
+            await self._carry(raw, None)
+        except errors.NetError as error:
+            logger.debug("inbound connection from %s: %s", raw.remote, error)
+
+    # Both
+
+    async def _carry(
+        self,
+        raw: RawConnection,
+        expected: PeerId | None,
+        *,
+        task_status: trio.TaskStatus[Connection] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Secure, mux and carry one connection until it ends; always closes it."""
+        try:
+            with self._counts.connection(raw.remote):
+                channel, security = await self._secure(raw, expected)
+                with self._counts.peer(channel.remote_peer):
+                    await self._carry_streams(raw, channel, security, expected is not None, task_status)
+        finally:
+            await trio.aclose_forcefully(raw.stream)
+
+    async def _secure(self, raw: RawConnection, expected: PeerId | None) -> tuple[SecureChannel, str]:
+        if expected is None and self._handshakes >= self._limits.handshakes:
+            raise errors.LimitExceeded(f"{self._handshakes} handshakes are under way, the most allowed")
+        self._handshakes += 1
+        try:
+            with trio.fail_after(self._limits.handshake_s):
+                if expected is not None:
+                    name = await multistream.propose(raw.stream, list(self._securities))
+                    channel = await self._securities[name].outbound(raw.stream, expected)
+                    await multistream.propose(channel, [YAMUX])
+                else:
+                    name = await multistream.answer(raw.stream, self._securities)
+                    channel = await self._securities[name].inbound(raw.stream)
+                    await multistream.answer(channel, [YAMUX])
+                return channel, name
+        except trio.TooSlowError as error:
+            raise errors.DialError(
+                f"{raw.remote}: the handshake took longer than {self._limits.handshake_s:g} s"
+            ) from error
+        except errors.PeerIdMismatch:
+            raise
+        except errors.NetError as error:
+            raise errors.DialError(f"{raw.remote}: {error}") from error
+        finally:
+            self._handshakes -= 1
+
+    async def _carry_streams(
+        self,
+        raw: RawConnection,
+        channel: SecureChannel,
+        security: str,
+        outbound: bool,
+        task_status: trio.TaskStatus[Connection],
+    ) -> None:
+        settings = YamuxSettings(max_inbound_streams=self._limits.inbound_streams_per_connection)
+        mux = YamuxConnection(channel, client=outbound, settings=settings)
+        connection = Connection(
+            peer_id=channel.remote_peer,
+            remote=raw.remote,
+            local=raw.local,
+            security=security,
+            outbound=outbound,
+            mux=mux,
+        )
+
+        async def on_stream(stream: YamuxStream) -> None:
+            await self._on_stream(connection, stream)
+
+        siblings = self._connections.setdefault(connection.peer_id, [])
+        siblings.append(connection)
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(mux.run, on_stream)
+                task_status.started(connection)
+        finally:
+            siblings.remove(connection)
+            if not siblings:
+                self._connections.pop(connection.peer_id, None)

@@ -1,0 +1,1 @@
+"""Ways to reach a peer: one module each, all behind ``base.Transport``."""
