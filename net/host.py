@@ -20,6 +20,7 @@ from net.addresses import Multiaddr, PeerAddress
 from net.identity import Identity, PeerId
 from net.limits import Limits
 from net.mux.driver import YamuxStream
+from net.nurseries import open_service_nursery
 from net.peerstore import Peerstore
 from net.security.base import Security
 from net.security.noise import NoiseSecurity
@@ -178,7 +179,7 @@ async def open_host(
 
     serve_ping(host)
     serve_identify(host)
-    async with trio.open_nursery() as nursery:
+    async with open_service_nursery() as nursery:
         host.listening = await nursery.start(host.swarm.run, listen)
         yield host
         nursery.cancel_scope.cancel()

@@ -20,6 +20,7 @@ from net.limits import ConnectionCounts, Limits
 from net.mux.core import YamuxSettings
 from net.mux.driver import PROTOCOL_ID as YAMUX
 from net.mux.driver import YamuxConnection, YamuxStream
+from net.nurseries import open_service_nursery
 from net.security.base import SecureChannel, Security
 from net.transports.base import RawConnection, Transport
 
@@ -76,7 +77,7 @@ class Swarm:
         Raises:
             AddressError: an address cannot be listened on.
         """
-        async with trio.open_nursery() as nursery:
+        async with open_service_nursery() as nursery:
             self._nursery = nursery
             try:
                 bound: list[Multiaddr] = []

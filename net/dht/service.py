@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,7 @@ class Dht:
         self._server = server
         self._bootstrap: list[PeerAddress] = []
         self._lanes: dict[PeerId, Lane] = {}
-        self._announced: dict[bytes, tuple[str, Mapping[str, Any]]] = {}
+        self._announced: dict[bytes, tuple[str, Callable[[], Mapping[str, Any]]]] = {}
         if server:
             host.handle(wire.PROTOCOL_ID, self._serve)
 
@@ -121,8 +121,8 @@ class Dht:
 
     # Announcing
 
-    async def announce(self, key: bytes, kind: str, body: Mapping[str, Any]) -> int:
-        """Sign ``body`` and put it under ``key``, now and every ``announce_s`` until withdrawn.
+    async def announce(self, key: bytes, kind: str, body: Callable[[], Mapping[str, Any]]) -> int:
+        """Sign what ``body()`` says and put it under ``key``, now and every ``announce_s`` until withdrawn.
 
         Returns: how many servers took it (this node's own store not counted).
         """
@@ -138,7 +138,7 @@ class Dht:
 
     async def _publish(self, key: bytes) -> int:
         kind, body = self._announced[key]
-        return await self._put(key, self._sign(kind, body))
+        return await self._put(key, self._sign(kind, body()))
 
     def _sign(self, kind: str, body: Mapping[str, Any]) -> Record:
         return records.sign(self.host.identity, kind, body, ttl_s=self.settings.ttl_s)

@@ -162,6 +162,9 @@ class YamuxConnection:
                 nursery.start_soon(self._write, nursery.cancel_scope)
                 nursery.start_soon(self._keep_alive, nursery.cancel_scope)
                 task_status.started()
+        except* errors.NetError as group:
+            failure = group.exceptions[0]
+            self._fail(failure if isinstance(failure, errors.NetError) else errors.ConnectionLost(str(failure)))
         finally:
             self._fail(errors.ConnectionLost("the connection was closed"))
             with trio.CancelScope(shield=True, deadline=trio.current_time() + GOODBYE_S):

@@ -15,8 +15,9 @@ body = {
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +28,16 @@ from net.identity import PeerId
 from net.records import Record
 from net.rpc import packing
 
+__all__ = ["DIRECTORY", "KIND", "NodeAnnouncement", "Numerics", "read_all"]
+
+logger = logging.getLogger(__name__)
+
 KIND = "node"
 DIRECTORY = "raceme/nodes/1"
 MAX_BLOCKS = 1024
 MAX_NAME_CHARACTERS = 96
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
+STATE = re.compile(r"joining|online")
 HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -63,6 +69,7 @@ class NodeAnnouncement:
     decode_tokens_per_s: float
     cache_tokens_left: int
     max_length: int
+    state: str
     agent: str
 
     def to_body(self) -> dict[str, Any]:
@@ -78,6 +85,7 @@ class NodeAnnouncement:
             "decode_tokens_per_s": self.decode_tokens_per_s,
             "cache_tokens_left": self.cache_tokens_left,
             "max_length": self.max_length,
+            "state": self.state,
             "agent": self.agent,
         }
 
@@ -111,6 +119,7 @@ class NodeAnnouncement:
             decode_tokens_per_s=packing.number(body, "decode_tokens_per_s", 0.0, 1e9),
             cache_tokens_left=packing.integer(body, "cache_tokens_left", 0, 2**40),
             max_length=packing.integer(body, "max_length", 1, 2**30),
+            state=_matching(body, "state", STATE, 16),
             agent=packing.field(body, "agent", str, max_length=64),
         )
 
@@ -120,3 +129,14 @@ def _matching(body: Mapping[str, Any], name: str, pattern: re.Pattern[str], max_
     if not pattern.fullmatch(text):
         raise RemoteProtocolError(f"{name!r} is {text!r}, which is not of the form expected")
     return text
+
+
+def read_all(records: Iterable[Record]) -> list[NodeAnnouncement]:
+    """Those records that make sense; the others are left out, with a line in the log."""
+    announcements = []
+    for record in records:
+        try:
+            announcements.append(NodeAnnouncement.from_record(record))
+        except RecordError as error:
+            logger.debug("%s", error)
+    return announcements

@@ -1,0 +1,248 @@
+"""A compute node: a span of blocks, served to sessions and announced to the swarm.
+
+Coming up: choose a span, announce it as ``joining``, look whether somebody chose the same at the same
+time (the lower PeerId keeps it), load, measure, announce as ``online``. Going: withdraw, then stop.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import trio
+
+from compute.checkpoint import Checkpoint
+from compute.engine import Engine, EngineSettings
+from compute.errors import EngineError
+from compute.placement import choose_span
+from compute.tensors import from_wire, to_wire
+from net.dht import keys
+from net.dht.service import Dht
+from net.errors import RpcError
+from net.host import Host
+from net.mux.driver import YamuxStream
+from net.nurseries import open_service_nursery
+from net.protocol import session as wire
+from net.protocol.announcement import DIRECTORY, KIND, NodeAnnouncement, Numerics, read_all
+from net.rpc import lane
+from net.rpc.framing import Message, Tensor
+from net.swarm import Connection
+from net.version import VERSION
+
+logger = logging.getLogger(__name__)
+
+DTYPE = "float32"
+SESSION_IDLE_S = 600.0  # a session nobody uses
+RETRY_AFTER_S = 1.0
+PLACEMENT_ROUNDS = 5
+REASK_CODES = {"busy", "out-of-cache"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSettings:
+    """What a node serves and how much.
+
+    Attributes:
+        span: blocks [start, end); None for what the swarm lacks most.
+        max_blocks: the most to take when ``span`` is None.
+    """
+
+    span: tuple[int, int] | None = None
+    max_blocks: int | None = None
+    engine: EngineSettings = EngineSettings()
+
+
+class Node:
+    """Serves blocks of one checkpoint on a host that has joined the DHT."""
+
+    def __init__(self, host: Host, dht: Dht, checkpoint: Checkpoint, settings: NodeSettings) -> None:
+        self._host = host
+        self._dht = dht
+        self._checkpoint = checkpoint
+        self._settings = settings
+        self._engine: Engine | None = None
+        self.announcement: NodeAnnouncement | None = None
+
+    @property
+    def stats(self) -> tuple[int, int]:
+        """Open sessions, and tokens computed so far."""
+        return (0, 0) if self._engine is None else (self._engine.stats.sessions, self._engine.stats.tokens)
+
+    async def run(
+        self,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        task_status: trio.TaskStatus[NodeAnnouncement] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Load, announce, and serve until cancelled; ``started`` gets what was announced.
+
+        Args:
+            progress: called from another thread with (blocks loaded, blocks to load).
+
+        Raises:
+            CheckpointError: the span cannot be loaded.
+        Cancellation: withdraws the announcement (at most two seconds), then frees everything.
+        """
+        try:
+            start, end = await self._settle()
+            span = await trio.to_thread.run_sync(
+                lambda: self._checkpoint.load_span(start, end, progress=progress), abandon_on_cancel=True
+            )
+            engine = self._engine = Engine(span, self._settings.engine)
+            async with open_service_nursery() as nursery:
+                await nursery.start(engine.run)
+                speed = await engine.measure()
+                self._host.handle(wire.PROTOCOL_ID, self._serve)
+                self.announcement = self._offer(start, end, weights=span.digest, speed=speed, state="online")
+                await self._announce()
+                task_status.started(self.announcement)
+        finally:
+            with trio.move_on_after(2, shield=True):
+                await self._dht.withdraw()
+
+    # Which blocks
+
+    async def _settle(self) -> tuple[int, int]:
+        """Choose a span such that nodes that come up together do not all choose the same."""
+        if self._settings.span is not None:
+            span = self._settings.span
+            self.announcement = self._offer(*span, weights="0" * 64, speed=0.0, state="joining")
+            return span
+        n_blocks = self._checkpoint.n_blocks
+        length = self._settings.max_blocks or n_blocks
+        span = choose_span(n_blocks, length, await self._others())
+        for _ in range(PLACEMENT_ROUNDS):
+            self.announcement = self._offer(*span, weights="0" * 64, speed=0.0, state="joining")
+            await self._announce()
+            own = self._host.peer_id.to_bytes()
+            senior = [
+                node
+                for node in await self._others()
+                if node.state == "online" or node.peer_id.to_bytes() < own or (node.start, node.end) != span
+            ]
+            better = choose_span(n_blocks, length, senior)
+            if better == span:
+                break
+            span = better
+        return span
+
+    async def _others(self) -> list[NodeAnnouncement]:
+        records = await self._dht.find(keys.of_name(DIRECTORY), KIND)
+        return [
+            node
+            for node in read_all(records)
+            if node.digest == self._checkpoint.digest and node.peer_id != self._host.peer_id
+        ]
+
+    # What we say
+
+    async def _announce(self) -> None:
+        await self._dht.announce(keys.of_name(DIRECTORY), KIND, self._body)
+
+    def _body(self) -> dict[str, object]:
+        offer = self.announcement
+        if offer is None:
+            return {"withdrawn": True}
+        if self._engine is not None:
+            stats = self._engine.stats
+            offer = replace(offer, cache_tokens_left=stats.cache_max_tokens - stats.cache_used_tokens)
+        return offer.to_body()
+
+    def _offer(self, start: int, end: int, *, weights: str, speed: float, state: str) -> NodeAnnouncement:
+        return NodeAnnouncement(
+            peer_id=self._host.peer_id,
+            addresses=tuple(self._host.addresses),
+            model=self._checkpoint.name,
+            digest=self._checkpoint.digest,
+            blocks=self._checkpoint.n_blocks,
+            start=start,
+            end=end,
+            weights=weights,
+            numerics=Numerics(dtype=DTYPE, quantization="none", backend="cpu"),
+            decode_tokens_per_s=speed,
+            cache_tokens_left=self._settings.engine.cache_tokens,
+            max_length=self._settings.engine.max_length_tokens,
+            state=state,
+            agent=f"raceme/{VERSION}",
+        )
+
+    # What we answer
+
+    async def _serve(self, connection: Connection, stream: YamuxStream) -> None:
+        session = _NodeSession(self)
+        try:
+            await lane.serve(
+                stream,
+                connection.peer_id,
+                {"open": session.open, "step": session.step},
+                idle_s=SESSION_IDLE_S,
+            )
+        finally:
+            with trio.CancelScope(shield=True):
+                await session.close()
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            raise RpcError("busy", "the node is still loading", RETRY_AFTER_S)
+        return self._engine
+
+    def check_open(self, request: wire.Open) -> None:
+        """Raises:
+        RpcError: another model, or blocks that are not served here.
+        """
+        offer = self.announcement
+        if offer is None or request.digest != offer.digest:
+            raise RpcError("wrong-model", f"this node serves {offer.model if offer else 'nothing yet'}")
+        if not offer.start <= request.start < request.end <= offer.end:
+            raise RpcError("wrong-span", f"this node serves blocks {offer.start} to {offer.end}")
+
+
+class _NodeSession:
+    """The node's side of one session: as long as its stream."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._id: int | None = None
+
+    async def open(self, message: Message) -> Message:
+        if self._id is not None:
+            raise RpcError("bad-input", "the session is open already")
+        request = wire.Open.from_fields(message.header)
+        self._node.check_open(request)
+        engine = self._node.engine
+        with _refusals():
+            self._id = await engine.open_session(
+                batch=request.batch, max_length=request.max_length, start=request.start, end=request.end
+            )
+        stats = engine.stats
+        return Message(header={"cache_tokens_left": stats.cache_max_tokens - stats.cache_used_tokens})
+
+    async def step(self, message: Message) -> Message:
+        if self._id is None:
+            raise RpcError("bad-input", "no session is open on this stream")
+        if len(message.tensors) != 1:
+            raise RpcError("bad-input", f"a step carries one tensor, not {len(message.tensors)}")
+        position = wire.read_position(message.header)
+        tensor = message.tensors[0]
+        with _refusals():
+            hidden = from_wire(tensor.dtype, tensor.shape, tensor.data)
+            result = await self._node.engine.step(self._id, hidden, position)
+        dtype, shape, data = to_wire(result)
+        return Message(header={}, tensors=[Tensor(dtype=dtype, shape=shape, data=data)])
+
+    async def close(self) -> None:
+        if self._id is not None:
+            await self._node.engine.close_session(self._id)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turns the engine's errors into answers."""
+    try:
+        yield
+    except EngineError as error:
+        retry = RETRY_AFTER_S if error.code in REASK_CODES else None
+        raise RpcError(error.code, str(error), retry) from error
