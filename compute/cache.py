@@ -135,9 +135,7 @@ class KVCache:
         if not 0 <= position <= self.length:
             raise BadInput("bad-position", f"a step at {position}, but the session has {self.length} tokens")
         if position + tokens > self.max_length:
-            raise BadInput(
-                "too-long", f"{position} + {tokens} tokens are more than the session's {self.max_length}"
-            )
+            raise BadInput("too-long", f"{position} + {tokens} tokens are more than the session's {self.max_length}")
 
     def prepare(self, position: int, tokens: int) -> None:
         """Make room for ``tokens`` at ``position`` and forget what lay from there on.

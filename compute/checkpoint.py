@@ -29,7 +29,7 @@ from typing import Final, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from compute.bloom.block import BloomBlock, BloomSpan
+from compute.bloom.block import BloomBlock, BloomSpan, span_digest
 from compute.bloom.config import BloomConfig
 from compute.bloom.head import Embeddings, Head
 from compute.errors import CheckpointError, ModelNotFound
@@ -135,13 +135,11 @@ class HubSource:
             ) from exc
         except errors.RepositoryNotFoundError as exc:
             raise ModelNotFound(
-                f"{self._repository}: no such model on the Hugging Face hub; "
-                "check the name, or log in if it is private"
+                f"{self._repository}: no such model on the Hugging Face hub; check the name, or log in if it is private"
             ) from exc
         except errors.RevisionNotFoundError as exc:
             raise CheckpointError(
-                f"{self._repository}: no revision {self._revision!r}; "
-                "name a branch, tag or commit that exists"
+                f"{self._repository}: no revision {self._revision!r}; name a branch, tag or commit that exists"
             ) from exc
         except (OSError, errors.HFValidationError) as exc:  # OSError is the base of the hub's HTTP errors
             cause = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
@@ -201,8 +199,7 @@ class Checkpoint:
         """
         if not _PLAIN_NAME.fullmatch(name):
             raise CheckpointError(
-                f"{self.label}: {name!r:.80} is not a plain file name; "
-                "do not use this checkpoint unless you trust it"
+                f"{self.label}: {name!r:.80} is not a plain file name; do not use this checkpoint unless you trust it"
             )
         return self._source.find(name)
 
@@ -214,9 +211,7 @@ class Checkpoint:
         """
         path = self.find_file(name)
         if path is None:
-            raise CheckpointError(
-                f"{self.label}: {name} is missing; get the file, or the whole checkpoint, again"
-            )
+            raise CheckpointError(f"{self.label}: {name} is missing; get the file, or the whole checkpoint, again")
         return path
 
     @cached_property
@@ -283,8 +278,7 @@ class Checkpoint:
                 blocks.append(_assign(block, state))
                 digests.append(digest)
                 report(len(blocks), end - start)
-        total = hashlib.sha256("".join(digests).encode("ascii")).hexdigest()
-        return BloomSpan(self.config, start, blocks, block_digests=tuple(digests), digest=total)
+        return BloomSpan(self.config, start, blocks, block_digests=tuple(digests), digest=span_digest(digests))
 
     def load_embeddings(self, dtype: torch.dtype = torch.float32) -> Embeddings:
         """Word embeddings and their layer norm.
@@ -377,17 +371,13 @@ class Checkpoint:
     def _files_of(self, prefix: str) -> set[str]:
         return {file for name, (_, file) in self._tensors.items() if name.startswith(prefix)}
 
-    def _open_shards(
-        self, files: set[str], shards: dict[str, Shard], stack: contextlib.ExitStack
-    ) -> dict[str, Shard]:
+    def _open_shards(self, files: set[str], shards: dict[str, Shard], stack: contextlib.ExitStack) -> dict[str, Shard]:
         """Open what is not open yet; ``stack`` closes it."""
         for file in sorted(files - shards.keys()):
             shards[file] = stack.enter_context(open_shard(self.file(file)))
         return shards
 
-    def _read_block(
-        self, index: int, dtype: torch.dtype, shards: dict[str, Shard]
-    ) -> tuple[dict[str, Tensor], str]:
+    def _read_block(self, index: int, dtype: torch.dtype, shards: dict[str, Shard]) -> tuple[dict[str, Tensor], str]:
         """State dict and digest of one block."""
         if not 0 <= index < self.n_blocks:
             raise ValueError(f"no block {index}: {self.name} has {self.n_blocks}")
@@ -398,9 +388,7 @@ class Checkpoint:
         for name in self._tensors:
             match = _BLOCK_NAME.match(name)
             if match and int(match[1]) == index and match[2] not in names:
-                raise CheckpointError(
-                    f"{self.label}: unknown tensor {name:.80}; get a plain BLOOM checkpoint"
-                )
+                raise CheckpointError(f"{self.label}: unknown tensor {name:.80}; get a plain BLOOM checkpoint")
         hasher = hashlib.sha256()
         state = self._read(names, block, dtype, shards=shards, hasher=hasher)
         return state, hasher.hexdigest()
@@ -467,9 +455,7 @@ class Checkpoint:
         if _finite(tensor):
             return tensor
         if _finite(stored):
-            raise CheckpointError(
-                f"{self.label}: {name} does not fit into {dtype}; choose bfloat16 or float32"
-            )
+            raise CheckpointError(f"{self.label}: {name} does not fit into {dtype}; choose bfloat16 or float32")
         raise CheckpointError(f"{self.label}: {name} in {file} holds NaN or infinity; get the file again")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from functools import partial
 
 from net import console
 
@@ -76,6 +77,8 @@ def run_serve(options: argparse.Namespace) -> int:
     from net.dht.service import Dht
     from net.host import open_host
     from net.identity import Identity
+    from net.nurseries import open_service_nursery
+    from net.protocol.announcement import NodeAnnouncement
 
     bootstrap = [addresses.parse_peer(text) for text in options.bootstrap]
     listen = [addresses.parse(text) for text in options.listen or [DEFAULT_LISTEN]]
@@ -97,47 +100,56 @@ def run_serve(options: argparse.Namespace) -> int:
     else:
         identity = Identity.default(console.data_folder(), "serve")
 
-    async def serve() -> None:
-        async with open_host(identity, listen=listen) as host, trio.open_nursery() as nursery:
-            dht = Dht(host, server=True)
-            await dht.join(bootstrap)
-            await nursery.start(dht.run)
-            node = Node(host, dht, checkpoint, settings)
-            with Progress(
-                TextColumn(f"loading {checkpoint.name}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("blocks"),
-                console=Console(stderr=True),
-                disable=not sys.stderr.isatty(),
-            ) as progress:
-                task = progress.add_task("load")
-                offer = await nursery.start(
-                    lambda task_status: node.run(
-                        progress=lambda done, total: progress.update(task, completed=done, total=total),
-                        task_status=task_status,
-                    )
-                )
-            where = [str(address) for address in host.peer_addresses]
-            if options.json:
-                console.print_json(
-                    {
-                        "peer_id": str(host.peer_id),
-                        "addresses": where,
-                        "model": offer.model,
-                        "digest": offer.digest,
-                        "start": offer.start,
-                        "end": offer.end,
-                        "blocks": offer.blocks,
-                        "decode_tokens_per_s": offer.decode_tokens_per_s,
-                    }
-                )
-            else:
-                print(
-                    f"serving blocks {offer.start}:{offer.end} of {offer.blocks} of {offer.model} as {host.peer_id} "
-                    f"at {where[0]} ({offer.decode_tokens_per_s:.0f} tokens/s alone); Ctrl-C ends it",
-                    flush=True,
-                )
+    async def serve(stop: trio.Event) -> None:
+        async with open_host(identity, listen=listen) as host:
+
+            async def work() -> None:
+                dht = Dht(host, server=True)
+                await dht.join(bootstrap)
+                async with open_service_nursery() as nursery:
+                    await nursery.start(dht.run)
+                    offer = await start_node(nursery, Node(host, dht, checkpoint, settings))
+                    tell(offer, [str(address) for address in host.peer_addresses])
+
+            await console.cancel_on(stop, work)
+
+    async def start_node(nursery: trio.Nursery, node: Node) -> NodeAnnouncement:
+        with Progress(
+            TextColumn(f"loading {checkpoint.name}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("blocks"),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+        ) as progress:
+            task = progress.add_task("load")
+
+            def show(done: int, total: int) -> None:
+                progress.update(task, completed=done, total=total)
+
+            offer: NodeAnnouncement = await nursery.start(partial(node.run, progress=show))
+            return offer
+
+    def tell(offer: NodeAnnouncement, where: list[str]) -> None:
+        if options.json:
+            console.print_json(
+                {
+                    "peer_id": str(offer.peer_id),
+                    "addresses": where,
+                    "model": offer.model,
+                    "digest": offer.digest,
+                    "start": offer.start,
+                    "end": offer.end,
+                    "blocks": offer.blocks,
+                    "decode_tokens_per_s": offer.decode_tokens_per_s,
+                }
+            )
+        else:
+            print(
+                f"serving blocks {offer.start}:{offer.end} of {offer.blocks} of {offer.model} as {offer.peer_id} "
+                f"at {where[0]} ({offer.decode_tokens_per_s:.0f} tokens/s alone); Ctrl-C ends it",
+                flush=True,
+            )
 
     trio.run(console.until_signalled, serve)
     return 0

@@ -100,6 +100,14 @@ class _Abandoned(Exception):
     """Nobody waits for the running job any more."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Session:
+    """The blocks that a session runs, and its cache in them."""
+
+    span: BloomSpan
+    cache: KVCache
+
+
 @dataclass(eq=False)
 class _Job(Generic[T]):
     """Something for the engine's thread to do.
@@ -133,7 +141,7 @@ class Engine:
         self.span = span
         self.settings = settings or EngineSettings()
         self._budget = CacheBudget(self.settings.cache_tokens)
-        self._sessions: dict[int, KVCache] = {}
+        self._sessions: dict[int, _Session] = {}
         self._ids = itertools.count(1)
         self._jobs: queue.SimpleQueue[_Job[object] | None] = queue.SimpleQueue()
         self._waiting = 0
@@ -188,23 +196,29 @@ class Engine:
                 else:
                     job.result.append(job.work())
                     self._finish(job, None, 0.0)
-            for cache in self._sessions.values():
-                cache.close()
+            for session in self._sessions.values():
+                session.cache.close()
             self._sessions.clear()
 
-    async def open_session(self, *, batch: int, max_length: int) -> int:
+    async def open_session(
+        self, *, batch: int, max_length: int, start: int | None = None, end: int | None = None
+    ) -> int:
         """Open a session; its cache is taken as it grows.
 
         Args:
             batch: Rows of every step.
             max_length: Most tokens of a row.
+            start: First block that the session runs, by its number in the model; the span's first if
+                ``None``. Slots are counted in full even if a session runs only some blocks.
+            end: Block after the last; the span's last if ``None``.
 
         Returns:
             The session's id.
 
         Raises:
-            BadInput: ``bad-value``: an argument is no integer or less than 1, or ``batch`` is more than the
-                engine allows; ``too-long``: ``max_length`` is more than it allows.
+            BadInput: ``bad-value``: an argument is no integer or less than 1, ``batch`` is more than the
+                engine allows, or the blocks are not within the span; ``too-long``: ``max_length`` is more
+                than the engine allows.
             EngineBusy: Too many sessions are open.
             EngineStopped: The engine does not run.
         """
@@ -218,10 +232,19 @@ class Engine:
             raise BadInput(
                 "too-long", f"max_length is {max_length}, at most {self.settings.max_length_tokens} is served"
             )
+        first = self.span.start if start is None else start
+        last = self.span.end if end is None else end
+        if not _is_integer(first, self.span.start) or not _is_integer(last, first + 1, self.span.end):
+            raise BadInput(
+                "bad-value",
+                f"blocks {first!r:.40} to {last!r:.40} are not within {self.span.start} to {self.span.end}",
+            )
         if len(self._sessions) >= self.settings.max_sessions:
             raise EngineBusy(f"{len(self._sessions)} sessions are open already")
         session = next(self._ids)
-        self._sessions[session] = KVCache(self.span, self._budget, batch=batch, max_length=max_length)
+        part = self.span.part(first, last)
+        cache = KVCache(part, self._budget, batch=batch, max_length=max_length)
+        self._sessions[session] = _Session(part, cache)
         return session
 
     def session_length(self, session: int) -> int:
@@ -230,7 +253,7 @@ class Engine:
         Raises:
             BadInput: ``no-session``.
         """
-        return self._session(session).length
+        return self._session(session).cache.length
 
     async def step(self, session: int, hidden: Tensor, position: int) -> Tensor:
         """Run the span on new tokens of a session, or again on old ones.
@@ -259,13 +282,13 @@ class Engine:
             ``position`` is right in each case.
         """
         self._check_running()
-        cache = self._session(session)
-        self._check_step(cache, hidden, position)
+        opened = self._session(session)
+        self._check_step(opened.cache, hidden, position)
         if self._waiting >= self.settings.max_waiting:
             raise EngineBusy(f"{self._waiting} steps wait already")
 
         def work() -> Tensor:
-            return self._step(cache, hidden, position, job)
+            return self._step(opened, hidden, position, job)
 
         job: _Job[Tensor] = _Job(work, optional=True)
         return await self._submit(job)
@@ -276,11 +299,11 @@ class Engine:
         Cancellation:
             The session is closed all the same.
         """
-        cache = self._sessions.pop(session, None)
-        if cache is None or self._state != "running":
+        opened = self._sessions.pop(session, None)
+        if opened is None or self._state != "running":
             await trio.lowlevel.checkpoint()
             return
-        await self._submit(_Job(cache.close, optional=False))
+        await self._submit(_Job(opened.cache.close, optional=False))
 
     async def measure(self, steps: int = 8) -> float:
         """Measure decoding: one row, one token at a time, on a cache of its own.
@@ -311,11 +334,11 @@ class Engine:
         if self._state != "running":
             raise EngineStopped("the engine does not run")
 
-    def _session(self, session: int) -> KVCache:
-        cache = self._sessions.get(session)
-        if cache is None:
+    def _session(self, session: int) -> _Session:
+        opened = self._sessions.get(session)
+        if opened is None:
             raise BadInput("no-session", "no such session, or it is closed")
-        return cache
+        return opened
 
     def _check_step(self, cache: KVCache, hidden: Tensor, position: int) -> None:
         """What can be said without looking at values, so that a bad request never waits."""
@@ -332,9 +355,7 @@ class Engine:
         if not _is_integer(position, 0):
             raise BadInput("bad-position", f"position {position!r:.40}, expected an integer from 0")
         if position + tokens > cache.max_length:
-            raise BadInput(
-                "too-long", f"{position} + {tokens} tokens are more than the session's {cache.max_length}"
-            )
+            raise BadInput("too-long", f"{position} + {tokens} tokens are more than the session's {cache.max_length}")
 
     async def _submit(self, job: _Job[T]) -> T:
         """Queue a job and wait for it."""
@@ -377,7 +398,7 @@ class Engine:
                     if job.abandoned and job.optional:
                         raise _Abandoned
                     job.result.append(job.work())
-                except BaseException as exc:  # handed over to whoever waits
+                except BaseException as exc:  # noqa: BLE001  # handed over to whoever waits, who raises it
                     error = exc
                 self._call(functools.partial(self._finish, job, error, time.perf_counter() - began))
         self._call(self._thread_ended.set)
@@ -396,8 +417,9 @@ class Engine:
         if self._state != "running":
             raise EngineStopped("the engine has stopped")
 
-    def _step(self, cache: KVCache, hidden: Tensor, position: int, job: _Job[Tensor]) -> Tensor:
+    def _step(self, session: _Session, hidden: Tensor, position: int, job: _Job[Tensor]) -> Tensor:
         """One step, in chunks."""
+        span, cache = session.span, session.cache
         b, t, _ = hidden.shape
         cache.check(position, t)
         bad = _bad_rows(hidden)
@@ -408,8 +430,8 @@ class Engine:
         for start in range(0, t, self.settings.chunk_tokens):
             self._check_wanted(job)
             chunk = hidden[:, start : start + self.settings.chunk_tokens]  # [b, c, d]
-            chunk = chunk.to(device=self.span.device, dtype=self.span.dtype)  # [b, c, d]
-            result: Tensor = self.span(chunk, cache, position + start)  # [b, c, d]
+            chunk = chunk.to(device=span.device, dtype=span.dtype)  # [b, c, d]
+            result: Tensor = span(chunk, cache, position + start)  # [b, c, d]
             outputs.append(result.to(device="cpu", dtype=hidden.dtype))  # [b, c, d]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)  # [b, t, d]
         bad = _bad_rows(output)

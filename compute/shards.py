@@ -96,9 +96,7 @@ class SafetensorsShard:
         try:
             tensor: Tensor = self._file.get_tensor(name)  # type: ignore[no-untyped-call]  # so in its stub
         except (SafetensorError, OSError) as exc:
-            raise CheckpointError(
-                f"{self._file_name}: {name} cannot be read ({_line(exc)}); {_FETCH_AGAIN}"
-            ) from exc
+            raise CheckpointError(f"{self._file_name}: {name} cannot be read ({_line(exc)}); {_FETCH_AGAIN}") from exc
         return tensor
 
 

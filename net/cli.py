@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import aclosing
 
 from net import console
 
@@ -57,18 +58,22 @@ def run_relay(options: argparse.Namespace) -> int:
     else:
         identity = Identity.default(console.data_folder(), "relay")
 
-    async def serve() -> None:
+    async def serve(stop: trio.Event) -> None:
         async with open_host(identity, listen=listen) as host:
-            dht = Dht(host, server=True)
-            await dht.join(bootstrap)
-            dialable = [str(address) for address in host.peer_addresses]
-            if options.json:
-                console.print_json(
-                    {"address": dialable[0], "addresses": dialable, "peer_id": str(host.peer_id)}
-                )
-            else:
-                print(dialable[0], flush=True)
-            await dht.run()
+
+            async def work() -> None:
+                dht = Dht(host, server=True)
+                await dht.join(bootstrap)
+                dialable = [str(address) for address in host.peer_addresses]
+                if options.json:
+                    console.print_json(
+                        {"address": dialable[0], "addresses": dialable, "peer_id": str(host.peer_id)}
+                    )
+                else:
+                    print(dialable[0], flush=True)
+                await dht.run()
+
+            await console.cancel_on(stop, work)
 
     trio.run(console.until_signalled, serve)
     return 0
@@ -89,16 +94,21 @@ def run_ping(options: argparse.Namespace) -> int:
         raise console.UserError("--count must be at least 1")
     times_ms: list[float] = []
 
-    async def measure() -> None:
+    async def measure(stop: trio.Event) -> None:
         async with open_host(Identity.generate()) as host:
-            await host.connect(target.peer_id, [target.address])
-            async for round_trip_s in ping(host, target.peer_id):
-                times_ms.append(round_trip_s * 1000)
-                if not options.json:
-                    print(f"{target.peer_id}: {times_ms[-1]:.2f} ms", flush=True)
-                if len(times_ms) == options.count:
-                    return
-                await trio.sleep(0.2)
+
+            async def work() -> None:
+                await host.connect(target.peer_id, [target.address])
+                async with aclosing(ping(host, target.peer_id)) as round_trips:
+                    async for round_trip_s in round_trips:
+                        times_ms.append(round_trip_s * 1000)
+                        if not options.json:
+                            print(f"{target.peer_id}: {times_ms[-1]:.2f} ms", flush=True)
+                        if len(times_ms) == options.count:
+                            return
+                        await trio.sleep(0.2)
+
+            await console.cancel_on(stop, work)
 
     trio.run(console.until_signalled, measure)
     if not times_ms:

@@ -13,7 +13,10 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import trio
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -95,23 +98,38 @@ def _first_leaf(error: BaseException) -> BaseException:
     return error
 
 
-async def until_signalled(service: Callable[[], Awaitable[None]]) -> None:
-    """Run ``service`` until it ends or SIGINT or SIGTERM comes; then cancel it and let it clean up.
-
-    A second signal while it cleans up ends the process at once.
-    """
+async def until_signalled(service: Callable[[trio.Event], Awaitable[None]]) -> None:
+    """Run ``service(stop)``; SIGINT or SIGTERM sets ``stop``, and a second one cancels the service outright."""
     import trio
 
     async with trio.open_nursery() as nursery:
+        stop = trio.Event()
+
+        async def watch(*, task_status: trio.TaskStatus[None]) -> None:
+            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                task_status.started()
+                async for _ in signals:
+                    if stop.is_set():
+                        nursery.cancel_scope.cancel()
+                    stop.set()
+
+        await nursery.start(watch)
+        await service(stop)
+        nursery.cancel_scope.cancel()
+
+
+async def cancel_on(stop: trio.Event, work: Callable[[], Awaitable[None]]) -> None:
+    """Run ``work`` until it ends or ``stop`` is set; what surrounds the call lives on while it cleans up."""
+    from net.nurseries import open_service_nursery
+
+    async with open_service_nursery() as nursery:
 
         async def watch() -> None:
-            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-                async for _ in signals:
-                    nursery.cancel_scope.cancel()
-                    break
+            await stop.wait()
+            nursery.cancel_scope.cancel()
 
         nursery.start_soon(watch)
-        await service()
+        await work()
         nursery.cancel_scope.cancel()
 
 

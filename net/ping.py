@@ -6,7 +6,8 @@ Source: https://github.com/libp2p/specs/blob/master/ping/ping.md
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import trio
@@ -40,7 +41,7 @@ async def _answer(connection: Connection, stream: YamuxStream) -> None:
         await send(stream, data)
 
 
-async def ping(host: Host, peer_id: PeerId, *, timeout_s: float = 5.0) -> AsyncIterator[float]:
+async def ping(host: Host, peer_id: PeerId, *, timeout_s: float = 5.0) -> AsyncGenerator[float, None]:
     """Round trips in seconds, one for each value asked for.
 
     Raises:
@@ -59,3 +60,9 @@ async def ping(host: Host, peer_id: PeerId, *, timeout_s: float = 5.0) -> AsyncI
             if answer != data:
                 raise errors.PeerFailed(peer_id, "answered a ping with other bytes")
             yield trio.current_time() - start
+
+
+async def ping_once(host: Host, peer_id: PeerId, *, timeout_s: float = 5.0) -> float:
+    """One round trip in seconds. Raises: as ``ping``."""
+    async with aclosing(ping(host, peer_id, timeout_s=timeout_s)) as round_trips:
+        return await anext(round_trips)

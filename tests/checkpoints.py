@@ -41,7 +41,8 @@ def make_model(
         eos_token_id=2,
         pad_token_id=3,
     )
-    model = BloomForCausalLM(config).eval()
+    model = BloomForCausalLM(config)
+    model.train(False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -133,7 +134,7 @@ def save_tokenizer(folder: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_TEXT, trainer)
-    fast = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # so in transformers
         tokenizer_object=tokenizer,
         unk_token="<unk>",
         bos_token="<s>",

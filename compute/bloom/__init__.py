@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compute.bloom.alibi import alibi_bias, slopes
-from compute.bloom.block import BloomBlock, BloomSpan, SpanCache
+from compute.bloom.block import BloomBlock, BloomSpan, SpanCache, span_digest
 from compute.bloom.config import BloomConfig
 from compute.bloom.head import Embeddings, Head
 
@@ -16,4 +16,5 @@ __all__ = [
     "SpanCache",
     "alibi_bias",
     "slopes",
+    "span_digest",
 ]

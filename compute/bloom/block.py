@@ -10,6 +10,7 @@ Without one, gradients flow to the input and to parameters that require them.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -128,6 +129,11 @@ class BloomBlock(nn.Module):
         return output
 
 
+def span_digest(block_digests: Iterable[str]) -> str:
+    """The digest of a span: SHA-256 over its blocks' digests, in hexadecimal, one after another."""
+    return hashlib.sha256("".join(block_digests).encode("ascii")).hexdigest()
+
+
 class BloomSpan(nn.Module):
     """Blocks ``[start, end)`` of a model, run one after another.
 
@@ -168,6 +174,23 @@ class BloomSpan(nn.Module):
     def __len__(self) -> int:
         """Number of blocks."""
         return self.end - self.start
+
+    def part(self, start: int, end: int) -> BloomSpan:
+        """Blocks ``[start, end)`` of this span, sharing its weights; this span itself if these are all.
+
+        Raises:
+            ValueError: They are not within this span.
+        """
+        if (start, end) == (self.start, self.end):
+            return self
+        if not self.start <= start < end <= self.end:
+            raise ValueError(f"[{start}, {end}) is not within the span [{self.start}, {self.end})")
+        chosen = slice(start - self.start, end - self.start)
+        blocks = [block for block in self.blocks[chosen] if isinstance(block, BloomBlock)]
+        digests = self.block_digests[chosen]
+        return BloomSpan(
+            self.config, start, blocks, block_digests=digests, digest=span_digest(digests) if digests else ""
+        )
 
     @property
     def dtype(self) -> torch.dtype:

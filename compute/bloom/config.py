@@ -66,8 +66,7 @@ class BloomConfig:
         """
         if data.get("model_type") != "bloom":
             raise CheckpointError(
-                f"config.json: model_type is {data.get('model_type')!r:.40}, not 'bloom'; "
-                "choose a BLOOM checkpoint"
+                f"config.json: model_type is {data.get('model_type')!r:.40}, not 'bloom'; choose a BLOOM checkpoint"
             )
         vocab_size = _integer(data, ("vocab_size",), MAX_VOCAB_SIZE)
         hidden_size = _integer(data, ("hidden_size", "n_embed"), MAX_HIDDEN_SIZE)
@@ -84,9 +83,7 @@ class BloomConfig:
             n_layer=n_layer,
             n_head=n_head,
             layer_norm_epsilon=_epsilon(data),
-            apply_residual_connection_post_layernorm=_boolean(
-                data, "apply_residual_connection_post_layernorm", False
-            ),
+            apply_residual_connection_post_layernorm=_boolean(data, "apply_residual_connection_post_layernorm", False),
             tie_word_embeddings=_boolean(data, "tie_word_embeddings", True),
             bos_token_id=_token(data, "bos_token_id", 1, vocab_size),
             eos_token_id=_tokens(data, "eos_token_id", 2, vocab_size),

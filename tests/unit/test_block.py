@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import BloomForCausalLM
+from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
+
 from compute.bloom import BloomBlock, BloomConfig, BloomSpan, alibi_bias, slopes
 from compute.cache import CacheBudget, KVCache
 from compute.checkpoint import Checkpoint
 from compute.errors import CheckpointError
 from tests.checkpoints import VOCABULARY, make_checkpoint
-from torch import Tensor
-from transformers import BloomForCausalLM
-from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
 
 MAX_ERROR = 1e-5
 VARIANTS = [(4, 32, 3, False), (6, 48, 5, False), (6, 48, 3, True), (4, 32, 2, True)]
@@ -24,7 +25,8 @@ CONFIG = {"model_type": "bloom", "vocab_size": 9, "hidden_size": 8, "n_layer": 2
 
 def load(folder: Path) -> tuple[Checkpoint, BloomForCausalLM]:
     reference = BloomForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    return Checkpoint.open(folder), reference.eval()
+    reference.train(False)
+    return Checkpoint.open(folder), reference
 
 
 def random_ids(batch: int, tokens: int) -> Tensor:
@@ -88,7 +90,8 @@ def test_prefill_and_decode_equal_transformers_with_cache(
         tmp_path, heads=heads, hidden=hidden, layers=layers, post_layernorm=post_layernorm, tokenizer=False
     )
     checkpoint, reference = load(folder)
-    embeddings, head, span = checkpoint.load_embeddings(), checkpoint.load_head(), checkpoint.load_span(0, layers)
+    embeddings, head = checkpoint.load_embeddings(), checkpoint.load_head()
+    span = checkpoint.load_span(0, layers)
     ids = random_ids(3, 12)
     cache = new_cache(span, 3, 12)
     past = None
@@ -211,5 +214,6 @@ def test_compute_imports_neither_transformers_nor_the_hub() -> None:
         "sys.exit(', '.join(bad) or 0)"
     )
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

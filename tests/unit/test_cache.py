@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from compute.bloom import BloomBlock, BloomConfig, BloomSpan
 from compute.cache import CacheBudget, KVCache
 from compute.errors import BadInput, OutOfCache
-from hypothesis import given
-from hypothesis import strategies as st
 
 CONFIG = BloomConfig(vocab_size=16, hidden_size=8, n_layer=2, n_head=2)
 
@@ -149,9 +150,7 @@ def test_nonsense_settings_are_refused() -> None:
         CacheBudget(1).release(1)
 
 
-STEPS = st.lists(
-    st.tuples(st.integers(0, 2), st.integers(0, 130), st.integers(1, 130), st.booleans()), max_size=30
-)
+STEPS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 130), st.integers(1, 130), st.booleans()), max_size=30)
 
 
 @given(steps=STEPS)

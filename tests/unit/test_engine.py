@@ -10,10 +10,11 @@ import pytest
 import torch
 import trio
 import trio.testing
+from torch import Tensor
+
 from compute.bloom import BloomBlock, BloomConfig, BloomSpan, SpanCache
 from compute.engine import Engine, EngineSettings
 from compute.errors import BadInput, BadOutput, EngineBusy, EngineError, EngineStopped, OutOfCache
-from torch import Tensor
 
 CONFIG = BloomConfig(vocab_size=16, hidden_size=16, n_layer=3, n_head=4)
 
@@ -128,6 +129,21 @@ async def test_results_come_in_the_dtype_of_the_request(dtype: torch.dtype) -> N
     async with running(make_span()) as engine:
         session = await engine.open_session(batch=1, max_length=10)
         assert (await engine.step(session, hidden_states(1, 2).to(dtype), 0)).dtype == dtype
+
+
+@pytest.mark.trio
+async def test_a_session_may_run_some_of_the_blocks() -> None:
+    span, hidden = make_span(), hidden_states(1, 4)
+    middle = span.part(1, 3)
+    assert (middle.start, middle.end, span.part(0, 3)) == (1, 3, span)
+    async with running(span) as engine:
+        session = await engine.open_session(batch=1, max_length=4, start=1)
+        output = await engine.step(session, hidden, 0)
+        for start, end in [(-1, 2), (0, 4), (2, 2), (True, 2), (0, "3")]:
+            with pytest.raises(BadInput) as caught:
+                await engine.open_session(batch=1, max_length=4, start=start, end=end)  # type: ignore[arg-type]
+            assert caught.value.code == "bad-value"
+    torch.testing.assert_close(output, middle(hidden), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.trio

@@ -6,10 +6,11 @@ import gc
 
 import pytest
 import torch
-from compute.errors import BadInput
-from compute.tensors import WIRE_DTYPES, from_wire, tensor_bytes, to_wire
 from hypothesis import given
 from hypothesis import strategies as st
+
+from compute.errors import BadInput
+from compute.tensors import WIRE_DTYPES, from_wire, tensor_bytes, to_wire
 
 SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 

@@ -1,0 +1,50 @@
+"""Raceme's client: reach a swarm, and use its models as if they were here.
+
+    import client
+
+    with client.connect("/ip4/203.0.113.7/tcp/4001/p2p/12D3Koo...") as swarm:
+        model = swarm.model("bloom-tiny")
+        ids = model.tokenizer("In the beginning", return_tensors="pt").input_ids
+        print(model.tokenizer.decode(model.generate(ids, max_new_tokens=32)[0]))
+
+Importing this loads neither torch nor transformers; asking for a model does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from client.blocking import Swarm
+    from client.swarm import AsyncSwarm
+
+__all__ = ["connect", "open_swarm"]
+
+
+def connect(bootstrap: str | Sequence[str], *, timeout_s: float = 10.0) -> Swarm:
+    """Join a swarm through the nodes at ``bootstrap``, blocking. Use it as a context manager, or ``close()`` it.
+
+    Works in any thread, also where an event loop runs already (Jupyter): the network has a thread of its own.
+
+    Args:
+        bootstrap: one address or several, each ending in ``/p2p/PEERID``; one that answers is enough.
+        timeout_s: after which to give up.
+
+    Raises:
+        net.errors.AddressError: an address that cannot be read.
+        net.errors.DialError: nobody answered, or somebody else than the address says.
+    """
+    from client.blocking import Swarm
+
+    return Swarm(bootstrap, timeout_s=timeout_s)
+
+
+def open_swarm(
+    bootstrap: str | Sequence[str], *, timeout_s: float = 10.0
+) -> AbstractAsyncContextManager[AsyncSwarm]:
+    """As ``connect``, for trio: ``async with client.open_swarm(address) as swarm``."""
+    from client.swarm import open_swarm
+
+    return open_swarm(bootstrap, timeout_s=timeout_s)

@@ -1,0 +1,1 @@
+"""Models whose blocks run elsewhere, with the faces that transformers gives them."""

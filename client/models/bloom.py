@@ -1,0 +1,247 @@
+"""BLOOM with its blocks in the swarm: embeddings, final norm and head are here, hidden states travel.
+
+A token's way: ``generate`` -> ``forward`` -> embeddings -> session (chain of nodes) -> final norm, head -> sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoTokenizer, BloomConfig, GenerationConfig, GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+
+from client.errors import InvalidInput, UnknownModel
+from client.models.cache import SessionCache
+from client.portal import Portal
+from compute.bloom import Embeddings, Head
+from compute.checkpoint import Checkpoint
+from compute.errors import CheckpointError
+from compute.models import find_checkpoint
+
+if TYPE_CHECKING:
+    from client.swarm import AsyncSwarm, ServedModel
+
+
+class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """A causal language model for transformers' ``generate``. Made by ``swarm.model(name)``.
+
+    Attributes:
+        served: the model's nodes as they were when it was made.
+    """
+
+    config_class = BloomConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(
+        self,
+        config: BloomConfig,
+        *,
+        embeddings: Embeddings,
+        head: Head,
+        tokenizer: Any,
+        generation_config: GenerationConfig,
+        served: ServedModel,
+        swarm: AsyncSwarm,
+        portal: Portal,
+    ) -> None:
+        super().__init__(config)
+        self.embeddings = embeddings
+        self.head = head
+        self.generation_config = generation_config
+        self.served = served
+        self._tokenizer = tokenizer
+        self._swarm = swarm
+        self._portal = portal
+        self.requires_grad_(False)
+        self.eval()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's transformers tokenizer.
+
+        Raises:
+            UnknownModel: the checkpoint has none.
+        """
+        if self._tokenizer is None:
+            raise UnknownModel(f"the files of {self.served.name} hold no tokenizer; pass token ids to generate()")
+        return self._tokenizer
+
+    def session(self, *, max_length: int | None = None) -> SessionCache:
+        """A session that keeps its tokens across calls: ``generate(ids, session=session)``.
+
+        ``ids`` are always all tokens from the beginning; those that the session has are not computed again.
+
+        Args:
+            max_length: reserve for this many tokens; as many as the nodes allow by default.
+        """
+        session = self._portal.call(lambda: self._swarm.session(self.served.digest, max_length=max_length))
+        return SessionCache(session, self._portal)
+
+    def generate(
+        self, inputs: torch.Tensor | None = None, *args: Any, session: SessionCache | None = None, **options: Any
+    ) -> Any:
+        """transformers' ``generate``: greedy, sampling, penalties, stopping criteria, streamers, equal-length batches.
+
+        Args:
+            inputs: token ids.
+            session: from ``self.session()``; without one, a new one is opened and closed.
+            options: transformers'.
+
+        Shapes:
+            inputs: [b, t], t >= 1
+            returns: [b, t + new]
+
+        Raises:
+            InvalidInput: an empty prompt, one too long for the nodes, rows of different lengths.
+            MissingBlocks, SessionFailed: the swarm cannot compute it (any more).
+        """
+        ids = inputs if inputs is not None else options.get("input_ids")
+        if ids is None or ids.dim() != 2 or ids.shape[1] == 0:
+            raise InvalidInput("the prompt is empty: give at least one token")
+        if session is not None:
+            _drop_last(session, ids.shape[1])
+            return super().generate(inputs, *args, past_key_values=session, **options)
+        with self.session() as fresh:
+            return super().generate(inputs, *args, past_key_values=fresh, **options)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: SessionCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the next tokens.
+
+        Shapes:
+            input_ids: [b, t]
+            attention_mask: [b, anything], all ones
+            logits: [b, t, vocabulary], or the last ``logits_to_keep`` positions
+
+        Raises: as ``generate``.
+        """
+        if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise InvalidInput("forward takes token ids of shape [batch, tokens], at least one token")
+        if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.config.vocab_size:
+            raise InvalidInput(f"token ids must lie in 0 to {self.config.vocab_size - 1}")
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise InvalidInput("rows of different lengths are not computed together yet: pass rows of equal length")
+        if past_key_values is None:
+            with self.session() as session:
+                return self._forward(input_ids, session, logits_to_keep)
+        if use_cache is False:
+            past_key_values.position = 0
+        return self._forward(input_ids, past_key_values, logits_to_keep)
+
+    def _forward(self, ids: torch.Tensor, session: SessionCache, logits_to_keep: int) -> CausalLMOutputWithPast:
+        with torch.inference_mode():
+            hidden = self.embeddings(ids)  # [b, t, d]
+            hidden = session.step(hidden)  # [b, t, d]
+            logits = self.head(hidden[:, -logits_to_keep:])  # [b, t or kept, vocabulary]
+        return CausalLMOutputWithPast(logits=logits.clone(), past_key_values=session)
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """transformers asks for a cache here, when it knows how many rows and tokens there will be."""
+        if generation_config.num_beams > 1:
+            raise InvalidInput("beam search is not offered yet: leave num_beams at 1")
+        session: SessionCache = model_kwargs["past_key_values"]
+        rows = batch_size * generation_config.num_return_sequences
+        room = session.prepare(rows)
+        if max_cache_length > room:
+            raise InvalidInput(
+                f"prompt and new tokens make {max_cache_length + 1} tokens; the nodes on the chain allow {room}: "
+                f"shorten the prompt or ask for fewer new tokens"
+            )
+        session._is_user_defined = True  # type: ignore[attr-defined]  # what transformers marks its caches with
+
+    def get_input_embeddings(self) -> Any:
+        return self.embeddings.word_embeddings
+
+
+def load(name: str, served: Sequence[ServedModel], swarm: AsyncSwarm, portal: Portal) -> DistributedBloomForCausalLM:
+    """The model called ``name`` (or whose checkpoint is the folder ``name``), served by ``served``'s nodes.
+
+    Raises:
+        UnknownModel: see ``AsyncSwarm.model``.
+        CheckpointError: its files are damaged.
+    """
+    checkpoint = _local_files(name, served)
+    match = next((model for model in served if model.digest == checkpoint.digest), None)
+    if match is None:
+        same_name = [model for model in served if model.name == checkpoint.name]
+        if same_name:
+            raise UnknownModel(
+                f"{checkpoint.name} is served with digest {same_name[0].digest[:12]}, but the files here have "
+                f"{checkpoint.digest[:12]}: they are different models"
+            )
+        raise UnknownModel(f"nobody serves {checkpoint.name}; {_spell(served)}")
+    config_file = checkpoint.file("config.json")
+    config = BloomConfig.from_json_file(str(config_file))
+    generation_file = checkpoint.find_file("generation_config.json")
+    embeddings = checkpoint.load_embeddings()
+    return DistributedBloomForCausalLM(
+        config,
+        embeddings=embeddings,
+        head=checkpoint.load_head(embeddings=embeddings),
+        tokenizer=_load_tokenizer(checkpoint),
+        generation_config=(
+            GenerationConfig.from_model_config(config)
+            if generation_file is None
+            else GenerationConfig.from_pretrained(generation_file.parent)
+        ),
+        served=match,
+        swarm=swarm,
+        portal=portal,
+    )
+
+
+def _local_files(name: str, served: Sequence[ServedModel]) -> Checkpoint:
+    known = {model.name for model in served}
+    is_path = Path(name).is_dir()
+    if not is_path and name not in known and ("/" not in name or name.startswith((".", "/"))):
+        raise UnknownModel(f"nobody serves {name}; {_spell(served)}")
+    try:
+        return find_checkpoint(name)
+    except CheckpointError as error:
+        if is_path or name not in known:
+            raise
+        raise UnknownModel(
+            f"{name} is served, but its files are not on this machine (the client holds embeddings and head): "
+            f"name the folder of its checkpoint instead"
+        ) from error
+
+
+def _spell(served: Sequence[ServedModel]) -> str:
+    if not served:
+        return "the swarm serves no model at all; start a node with: raceme serve MODEL --bootstrap ADDR"
+    return "served are: " + ", ".join(sorted({model.name for model in served}))
+
+
+def _load_tokenizer(checkpoint: Checkpoint) -> Any:
+    path = checkpoint.find_file("tokenizer.json")
+    if path is None:
+        return None
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        checkpoint.find_file(name)  # fetched beside it, where files are fetched
+    return AutoTokenizer.from_pretrained(path.parent)
+
+
+def _drop_last(session: SessionCache, tokens: int) -> None:
+    """Of a prompt that the session has whole, the last token is computed again: its logits are wanted."""
+    if session.position >= tokens:
+        session.position = tokens - 1

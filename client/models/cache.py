@@ -1,0 +1,79 @@
+"""What transformers takes for a key-value cache, when keys and values lie on the nodes."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+
+from client.portal import Portal
+
+if TYPE_CHECKING:
+    from client.session import Session
+
+
+class SessionCache:
+    """A session's blocking face. Pass it to ``generate(session=...)``; it keeps its tokens between calls.
+
+    Attributes:
+        is_compileable: read by transformers; never true.
+    """
+
+    is_compileable = False
+
+    def __init__(self, session: Session, portal: Portal) -> None:
+        self._session = session
+        self._portal = portal
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens whose keys and values the nodes hold (the name is transformers')."""
+        return self._session.position
+
+    @property
+    def position(self) -> int:
+        """Tokens so far. Set it back to forget the last ones."""
+        return self._session.position
+
+    @position.setter
+    def position(self, position: int) -> None:
+        self._session.rollback(position)
+
+    def crop(self, max_length: int) -> None:
+        """Forget all but the first ``max_length`` tokens; below 0, that many at the end (transformers' name)."""
+        self._session.rollback(max_length if max_length >= 0 else self._session.position + max_length)
+
+    @property
+    def route(self) -> list[tuple[str, int, int]]:
+        """(PeerId, first block, end block) of each hop in use."""
+        return [(str(hop.node.peer_id), hop.start, hop.end) for hop in self._session.chain]
+
+    def prepare(self, batch: int) -> int:
+        """Open the session for ``batch`` rows; returns how many tokens fit.
+
+        Raises: as ``Session.prepare``.
+        """
+        self._portal.call(self._session.prepare, batch)
+        return self._session.max_length
+
+    def step(self, hidden: torch.Tensor) -> torch.Tensor:
+        """All blocks on the next tokens.
+
+        Shapes:
+            hidden: [b, t, d]
+            returns: [b, t, d]
+        Raises: as ``Session.step``.
+        """
+        return self._portal.call(self._session.step, hidden)
+
+    def close(self) -> None:
+        """Free the session on its nodes."""
+        self._portal.call(self._session.aclose)
+
+    def __enter__(self) -> SessionCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

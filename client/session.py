@@ -1,0 +1,237 @@
+"""A session: one growing batch of sequences on a chain of nodes.
+
+It keeps what it sent, so that a chain can be replaced: when a node fails, the session chooses another
+chain without it, sends its history again in the same pieces, and goes on. The same pieces through the same
+numerics give the same bits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import torch
+import trio
+
+from client.errors import InvalidInput, SessionFailed
+from client.routing import Hop, choose_chain
+from compute.tensors import from_wire, to_wire
+from net import errors
+from net.host import Host
+from net.identity import PeerId
+from net.protocol import session as wire
+from net.protocol.announcement import NodeAnnouncement
+from net.rpc.framing import MAX_FRAME_BYTES, MAX_HEADER_BYTES, Message, Tensor
+from net.rpc.lane import Lane
+
+logger = logging.getLogger(__name__)
+
+OPEN_TIMEOUT_S = 8.0
+STEP_TIMEOUT_S = 60.0
+MAX_REPLACEMENTS = 4  # chains tried for one step
+BUSY_TRIES = 5
+CALLERS_FAULT = frozenset({"bad-shape", "bad-dtype", "bad-position", "bad-value", "too-long", "not-finite", "bad-input"})
+
+FindNodes = Callable[[], Awaitable[list[NodeAnnouncement]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """What was sent in one step: where it starts, and the hidden states [b, t, d]."""
+
+    position: int
+    hidden: torch.Tensor
+
+    @property
+    def end(self) -> int:
+        return self.position + self.hidden.shape[1]
+
+
+class Session:
+    """See the module. Not for concurrent use; made by ``AsyncSwarm.session``.
+
+    Attributes:
+        chain: the hops in use; empty before the first step.
+        position: tokens so far. ``rollback`` sets it back.
+    """
+
+    def __init__(self, host: Host, find_nodes: FindNodes, *, max_length: int | None = None) -> None:
+        self._host = host
+        self._find_nodes = find_nodes
+        self._requested_length = max_length
+        self._lanes: list[Lane] = []
+        self._failed: set[PeerId] = set()
+        self._history: list[_Piece] = []
+        self.chain: list[Hop] = []
+        self.batch: int | None = None
+        self.max_length = max_length or 0
+        self.position = 0
+
+    async def prepare(self, batch: int) -> None:
+        """Open the chain for ``batch`` rows, if that has not been done. ``max_length`` is known afterwards.
+
+        Raises:
+            MissingBlocks: no chain.
+            SessionFailed: nodes refuse.
+            InvalidInput: the session has another number of rows.
+        """
+        if self.batch is None:
+            self.batch = batch
+        if self.batch != batch:
+            raise InvalidInput(f"the session has {self.batch} rows, not {batch}; open another with model.session()")
+        if not self._lanes:
+            await self._open_chain()
+
+    async def step(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Run all blocks on the next tokens.
+
+        Shapes:
+            hidden: [b, t, d], fp32
+            returns: [b, t, d]
+
+        Raises:
+            InvalidInput: more tokens than the nodes allow, or values that are not finite.
+            MissingBlocks, SessionFailed: no chain can be had (any more); what was there before the step is kept.
+        Cancellation: the session can go on from the same position.
+        """
+        await self.prepare(hidden.shape[0])
+        if self.position + hidden.shape[1] > self.max_length:
+            raise InvalidInput(
+                f"{self.position + hidden.shape[1]} tokens are more than the {self.max_length} that the nodes on the "
+                f"chain allow; shorten the prompt or ask for fewer new tokens"
+            )
+        outputs = []
+        for part in hidden.split(self._piece_tokens(hidden), dim=1):
+            piece = _Piece(position=self.position, hidden=part.contiguous())
+            outputs.append(await self._survive(piece))
+            self._history.append(piece)
+            self.position = piece.end
+        return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
+
+    def rollback(self, position: int) -> None:
+        """Forget all tokens from ``position`` on.
+
+        Raises:
+            InvalidInput: the session has fewer.
+        """
+        if not 0 <= position <= self.position:
+            raise InvalidInput(f"cannot go back to {position}: the session has {self.position} tokens")
+        kept = []
+        for piece in self._history:
+            if piece.end <= position:
+                kept.append(piece)
+            elif piece.position < position:
+                kept.append(_Piece(position=piece.position, hidden=piece.hidden[:, : position - piece.position]))
+        self._history = kept
+        self.position = position
+
+    async def aclose(self) -> None:
+        """Free the session on its nodes."""
+        lanes, self._lanes = self._lanes, []
+        for lane in lanes:
+            await lane.aclose()
+
+    # The chain
+
+    async def _open_chain(self) -> None:
+        """Choose a chain and open the session on each of its nodes; others are tried when one does not answer."""
+        batch = self.batch or 1
+        for attempt in range(MAX_REPLACEMENTS):
+            nodes = await self._find_nodes()
+            chain = choose_chain(nodes, avoid=self._failed)
+            longest = min(hop.node.max_length for hop in chain)
+            self.max_length = min(longest, self._requested_length or longest)
+            try:
+                await self._open_hops(chain, batch)
+            except errors.PeerFailed as error:
+                logger.info("chain %d: %s", attempt, error)
+                await self._give_up_on(error)
+                continue
+            self.chain = chain
+            return
+        raise SessionFailed(f"{MAX_REPLACEMENTS} chains failed one after another; the swarm may be overloaded")
+
+    async def _open_hops(self, chain: list[Hop], batch: int) -> None:
+        for hop in chain:
+            request = wire.Open(
+                digest=hop.node.digest, start=hop.start, end=hop.end, batch=batch, max_length=self.max_length
+            )
+            try:
+                with trio.fail_after(OPEN_TIMEOUT_S):
+                    stream = await self._host.open_stream(
+                        hop.node.peer_id, [wire.PROTOCOL_ID], hop.node.addresses
+                    )
+            except trio.TooSlowError as error:
+                raise errors.PeerFailed(hop.node.peer_id, f"no connection in {OPEN_TIMEOUT_S:g} s") from error
+            except errors.PeerFailed:
+                raise
+            except errors.NetError as error:
+                raise errors.PeerFailed(hop.node.peer_id, str(error)) from error
+            lane = Lane(stream, hop.node.peer_id)
+            self._lanes.append(lane)
+            await self._call(lane, "open", Message(header=request.to_fields()), OPEN_TIMEOUT_S)
+
+    async def _give_up_on(self, error: errors.PeerFailed) -> None:
+        if isinstance(error.peer_id, PeerId):
+            self._failed.add(error.peer_id)
+        await self.aclose()
+
+    # Steps
+
+    async def _survive(self, piece: _Piece) -> torch.Tensor:
+        """One piece through the chain; through another one when a node fails."""
+        for _ in range(MAX_REPLACEMENTS):
+            try:
+                if not self._lanes:
+                    await self._open_chain()
+                    for earlier in self._history:
+                        await self._through_chain(earlier)
+                return await self._through_chain(piece)
+            except errors.PeerFailed as error:
+                logger.warning("replacing a node: %s", error)
+                await self._give_up_on(error)
+            except trio.Cancelled:
+                with trio.CancelScope(shield=True):
+                    await self.aclose()
+                raise
+        raise SessionFailed(f"{MAX_REPLACEMENTS} nodes failed during one step")
+
+    async def _through_chain(self, piece: _Piece) -> torch.Tensor:
+        hidden = piece.hidden
+        for lane in self._lanes:
+            dtype, shape, data = to_wire(hidden)
+            message = Message(
+                header={"position": piece.position}, tensors=[Tensor(dtype=dtype, shape=shape, data=data)]
+            )
+            answer = await self._call(lane, "step", message, STEP_TIMEOUT_S)
+            hidden = self._read_hidden(lane, answer, piece.hidden)
+        return hidden
+
+    async def _call(self, lane: Lane, method: str, message: Message, timeout_s: float) -> Message:
+        """A call whose refusals are sorted: ours, the node's for now, the node's for good."""
+        for _ in range(BUSY_TRIES):
+            try:
+                return await lane.call(method, message, timeout_s=timeout_s)
+            except errors.RpcError as error:
+                if error.code in CALLERS_FAULT:
+                    raise InvalidInput(error.message) from error
+                if error.retry_after_s is None:
+                    raise errors.PeerFailed(lane.peer_id, str(error)) from error
+                await trio.sleep(min(error.retry_after_s, 10.0))
+        raise errors.PeerFailed(lane.peer_id, f"busy {BUSY_TRIES} times in a row")
+
+    def _read_hidden(self, lane: Lane, answer: Message, sent: torch.Tensor) -> torch.Tensor:
+        """Never believe a node: shape, dtype and finiteness of what it returns."""
+        if len(answer.tensors) != 1 or answer.tensors[0].shape != tuple(sent.shape):
+            raise errors.PeerFailed(lane.peer_id, "answered a step with another shape")
+        tensor = answer.tensors[0]
+        hidden = from_wire(tensor.dtype, tensor.shape, tensor.data)
+        if hidden.dtype != sent.dtype or not torch.isfinite(hidden).all():
+            raise errors.PeerFailed(lane.peer_id, "answered a step with values that are not finite or of another type")
+        return hidden
+
+    def _piece_tokens(self, hidden: torch.Tensor) -> int:
+        """How many tokens fit into one message."""
+        bytes_per_token = hidden.shape[0] * hidden.shape[2] * hidden.element_size()
+        return max(1, (MAX_FRAME_BYTES - MAX_HEADER_BYTES) // bytes_per_token)

@@ -1,0 +1,163 @@
+"""The swarm as a client sees it, for trio. ``client.blocking`` is the same for everybody else."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import trio
+
+from client.errors import UnknownModel
+from client.routing import runs_without
+from net import addresses, errors
+from net.dht import keys
+from net.dht.service import Dht
+from net.host import Host, open_host
+from net.identity import Identity, PeerId
+from net.nurseries import open_service_nursery
+from net.ping import ping_once
+from net.protocol.announcement import DIRECTORY, KIND, NodeAnnouncement, read_all
+
+if TYPE_CHECKING:
+    from client.models.bloom import DistributedBloomForCausalLM
+    from client.session import Session
+
+PROBE_S = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """A model and who serves it.
+
+    Attributes:
+        name, digest: which model; nodes with another digest serve another one, whatever its name.
+        n_blocks: of the whole model.
+        nodes: what its nodes announce, by their first block.
+    """
+
+    name: str
+    digest: str
+    n_blocks: int
+    nodes: tuple[NodeAnnouncement, ...]
+
+    @property
+    def placement(self) -> list[list[PeerId]]:
+        """For each block, the peers that serve it."""
+        return [[n.peer_id for n in self.nodes if n.start <= block < n.end] for block in range(self.n_blocks)]
+
+    @property
+    def missing(self) -> list[tuple[int, int]]:
+        """The runs of blocks [start, end) that nobody serves."""
+        return runs_without(self.n_blocks, self.nodes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """A node as we reach it.
+
+    Attributes:
+        round_trip_s: measured now; None when it does not answer.
+        problem: why not; empty when it does.
+    """
+
+    announcement: NodeAnnouncement
+    round_trip_s: float | None
+    problem: str
+
+
+class AsyncSwarm:
+    """Made by ``open_swarm``; all methods belong to its event loop."""
+
+    def __init__(self, host: Host, dht: Dht) -> None:
+        self.host = host
+        self._dht = dht
+        self._token = trio.lowlevel.current_trio_token()
+
+    async def nodes(self) -> list[NodeAnnouncement]:
+        """What all nodes announce that serve now."""
+        records = await self._dht.find(keys.of_name(DIRECTORY), KIND)
+        return [node for node in read_all(records) if node.state == "online"]
+
+    async def models(self) -> list[ServedModel]:
+        """What is being served, block by block."""
+        by_digest: dict[str, list[NodeAnnouncement]] = {}
+        for node in await self.nodes():
+            by_digest.setdefault(node.digest, []).append(node)
+        return [
+            ServedModel(
+                name=nodes[0].model,
+                digest=digest,
+                n_blocks=nodes[0].blocks,
+                nodes=tuple(sorted(nodes, key=lambda node: (node.start, node.end, node.peer_id.to_bytes()))),
+            )
+            for digest, nodes in sorted(by_digest.items(), key=lambda item: (item[1][0].model, item[0]))
+        ]
+
+    async def peers(self) -> list[Peer]:
+        """The nodes, each with a round trip measured now."""
+        found: list[Peer] = []
+        async with trio.open_nursery() as nursery:
+            for node in await self.nodes():
+                nursery.start_soon(self._probe, node, found)
+        return sorted(found, key=lambda peer: (peer.announcement.model, peer.announcement.start))
+
+    async def session(self, digest: str, *, max_length: int | None = None) -> Session:
+        """A session over all blocks of the model with this digest; opened at its first step."""
+        from client.session import Session
+
+        async def find() -> list[NodeAnnouncement]:
+            nodes = [node for node in await self.nodes() if node.digest == digest]
+            if not nodes:
+                raise UnknownModel("nobody serves this model any more; start nodes with: raceme serve")
+            return nodes
+
+        return Session(self.host, find, max_length=max_length)
+
+    async def model(self, name: str) -> DistributedBloomForCausalLM:
+        """A model of the swarm. Its methods block: call them with ``trio.to_thread.run_sync``.
+
+        Args:
+            name: as served, or the folder of a checkpoint (needed when the model does not ship with Raceme
+                and is not on the Hugging Face hub: the client holds embeddings and head itself).
+
+        Raises:
+            UnknownModel: nobody serves it, under this name or with these files.
+        """
+        from client.models.bloom import load
+        from client.portal import Portal
+
+        served = await self.models()
+        return await trio.to_thread.run_sync(load, name, served, self, Portal(self._token))
+
+    async def _probe(self, node: NodeAnnouncement, found: list[Peer]) -> None:
+        round_trip_s: float | None = None
+        problem = ""
+        with trio.move_on_after(PROBE_S) as scope:
+            try:
+                await self.host.connect(node.peer_id, node.addresses)
+                round_trip_s = await ping_once(self.host, node.peer_id, timeout_s=PROBE_S)
+            except errors.NetError as error:
+                problem = str(error)
+        if scope.cancelled_caught:
+            problem = f"no answer in {PROBE_S:g} s"
+        found.append(Peer(announcement=node, round_trip_s=round_trip_s, problem=problem))
+
+
+@asynccontextmanager
+async def open_swarm(bootstrap: str | Sequence[str], *, timeout_s: float = 10.0) -> AsyncIterator[AsyncSwarm]:
+    """See ``client.open_swarm``."""
+    texts = [bootstrap] if isinstance(bootstrap, str) else list(bootstrap)
+    if not texts:
+        raise errors.AddressError("no address to start from")
+    peers = [addresses.parse_peer(text) for text in texts]
+    async with open_host(Identity.generate()) as host, open_service_nursery() as nursery:
+        dht = Dht(host, server=False)
+        with trio.move_on_after(timeout_s) as scope:
+            await dht.join(peers)
+        if scope.cancelled_caught:
+            raise errors.DialError(f"no node of the swarm answered within {timeout_s:g} s at {', '.join(texts)}")
+        await nursery.start(dht.run)
+        yield AsyncSwarm(host, dht)
+        nursery.cancel_scope.cancel()
