@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING
 
+from client import shadowing
+
 if TYPE_CHECKING:
     from client.blocking import Swarm
     from client.swarm import AsyncSwarm
@@ -36,15 +38,15 @@ def connect(bootstrap: str | Sequence[str], *, timeout_s: float = 10.0) -> Swarm
         net.errors.AddressError: an address that cannot be read.
         net.errors.DialError: nobody answered, or somebody else than the address says.
     """
+    shadowing.check()
     from client.blocking import Swarm
 
     return Swarm(bootstrap, timeout_s=timeout_s)
 
 
-def open_swarm(
-    bootstrap: str | Sequence[str], *, timeout_s: float = 10.0
-) -> AbstractAsyncContextManager[AsyncSwarm]:
+def open_swarm(bootstrap: str | Sequence[str], *, timeout_s: float = 10.0) -> AbstractAsyncContextManager[AsyncSwarm]:
     """As ``connect``, for trio: ``async with client.open_swarm(address) as swarm``."""
+    shadowing.check()
     from client.swarm import open_swarm
 
     return open_swarm(bootstrap, timeout_s=timeout_s)

@@ -86,7 +86,8 @@ def _cheapest(nodes: Sequence[NodeAnnouncement]) -> list[Hop] | None:
 
 def _cost(chain: Sequence[Hop]) -> tuple[int, float]:
     seconds = sum(
-        (hop.end - hop.start) / (hop.node.end - hop.node.start) / max(hop.node.decode_tokens_per_s, 1e-3) for hop in chain
+        (hop.end - hop.start) / (hop.node.end - hop.node.start) / max(hop.node.decode_tokens_per_s, 1e-3)
+        for hop in chain
     )
     return len(chain), seconds
 

@@ -31,7 +31,9 @@ OPEN_TIMEOUT_S = 8.0
 STEP_TIMEOUT_S = 60.0
 MAX_REPLACEMENTS = 4  # chains tried for one step
 BUSY_TRIES = 5
-CALLERS_FAULT = frozenset({"bad-shape", "bad-dtype", "bad-position", "bad-value", "too-long", "not-finite", "bad-input"})
+CALLERS_FAULT = frozenset(
+    {"bad-shape", "bad-dtype", "bad-position", "bad-value", "too-long", "not-finite", "bad-input"}
+)
 
 FindNodes = Callable[[], Awaitable[list[NodeAnnouncement]]]
 
@@ -159,9 +161,7 @@ class Session:
             )
             try:
                 with trio.fail_after(OPEN_TIMEOUT_S):
-                    stream = await self._host.open_stream(
-                        hop.node.peer_id, [wire.PROTOCOL_ID], hop.node.addresses
-                    )
+                    stream = await self._host.open_stream(hop.node.peer_id, [wire.PROTOCOL_ID], hop.node.addresses)
             except trio.TooSlowError as error:
                 raise errors.PeerFailed(hop.node.peer_id, f"no connection in {OPEN_TIMEOUT_S:g} s") from error
             except errors.PeerFailed:

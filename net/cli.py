@@ -24,7 +24,11 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help=f"where to accept connections; may be repeated (default: {DEFAULT_RELAY_LISTEN})",
     )
     relay.add_argument(
-        "--bootstrap", metavar="ADDR", action="append", default=[], help="another bootstrap node to join; may be repeated"
+        "--bootstrap",
+        metavar="ADDR",
+        action="append",
+        default=[],
+        help="another bootstrap node to join; may be repeated",
     )
     console.add_identity(relay)
     console.add_json(relay, "the address")
@@ -66,9 +70,7 @@ def run_relay(options: argparse.Namespace) -> int:
                 await dht.join(bootstrap)
                 dialable = [str(address) for address in host.peer_addresses]
                 if options.json:
-                    console.print_json(
-                        {"address": dialable[0], "addresses": dialable, "peer_id": str(host.peer_id)}
-                    )
+                    console.print_json({"address": dialable[0], "addresses": dialable, "peer_id": str(host.peer_id)})
                 else:
                     print(dialable[0], flush=True)
                 await dht.run()

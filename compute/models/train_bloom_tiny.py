@@ -19,6 +19,7 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ def read_chapters(path: Path) -> list[str]:
     return ["\n".join(verses) + "\n" for verses in chapters.values()]
 
 
-def train_tokenizer(chapters: list[str], out: Path) -> object:
+def train_tokenizer(chapters: list[str], out: Path) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -118,16 +119,16 @@ def main() -> None:
     torch.manual_seed(options.seed)
     chapters = read_chapters(options.text)
     training = [text for index, text in enumerate(chapters) if index % 20 != 19]
-    held_out = [text for index, text in enumerate(chapters) if index % 20 == 19]
+    kept_back = [text for index, text in enumerate(chapters) if index % 20 == 19]
     tokenizer = train_tokenizer(training, options.out)
 
     def stream(texts: list[str]) -> torch.Tensor:
         ids: list[int] = []
         for text in texts:
-            ids += [*tokenizer(text).input_ids, 2]  # type: ignore[operator]
+            ids += [*tokenizer(text).input_ids, 2]
         return torch.tensor(ids)
 
-    train_tokens, test_tokens = stream(training), stream(held_out)
+    train_tokens, test_tokens = stream(training), stream(kept_back)
     print(f"{len(chapters)} chapters, {len(train_tokens)} training and {len(test_tokens)} held-out tokens")
 
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 128, "n_layer": 8, "n_head": 4, "pad_token_id": 3}
@@ -141,15 +142,16 @@ def main() -> None:
     ]
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
 
-    best, best_state, stale, started = float("inf"), None, 0, time.process_time()
+    best, stale, started = float("inf"), 0, time.process_time()
+    best_state = model.state_dict()
     for step, batch in enumerate(epochs(train_tokens, options.batch, options.seed)):
         spent = (time.process_time() - started) / 60
         progress = max(step / options.steps, spent / options.cpu_minutes)
         if step % options.evaluate_every == 0 or progress >= 1:
-            loss = held_out_loss(model, test_tokens)
-            print(f"step {step}  {spent:.1f} CPU minutes  held-out loss {loss:.4f}", flush=True)
-            if loss < best:
-                best, stale = loss, 0
+            held_out = held_out_loss(model, test_tokens)
+            print(f"step {step}  {spent:.1f} CPU minutes  held-out loss {held_out:.4f}", flush=True)
+            if held_out < best:
+                best, stale = held_out, 0
                 best_state = {key: value.clone() for key, value in model.state_dict().items()}
             else:
                 stale += 1

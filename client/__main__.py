@@ -1,0 +1,5 @@
+"""``python -m client`` is ``raceme``."""
+
+from client.cli import main
+
+main()
