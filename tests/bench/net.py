@@ -99,7 +99,7 @@ async def _serve(folder: Path) -> None:
         await nursery.start(trio.serve_listeners, plain, tcp_listeners)
         ports = {
             "host": str(host.peer_addresses[0]),
-            "tls": tls_listeners[0].transport_listener.socket.getsockname()[1],
+            "tls": tls_listeners[0].transport_listener.socket.getsockname()[1],  # type: ignore[attr-defined]
             "tcp": tcp_listeners[0].socket.getsockname()[1],
         }
         print(json.dumps(ports), flush=True)
@@ -353,7 +353,7 @@ async def _measure(server: _Server, runs: int, scale: float, security: str) -> l
 def _write_certificate(folder: Path) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
