@@ -5,12 +5,13 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import trio
 
-from client.portal import Portal
+from client.portal import Portal, refuse_in_trio
 from client.swarm import AsyncSwarm, Peer, ServedModel, open_swarm
 
 if TYPE_CHECKING:
@@ -23,14 +24,20 @@ class Swarm:
     """Made by ``client.connect``, which says what it takes. Any thread may use it."""
 
     def __init__(self, bootstrap: str | Sequence[str], *, timeout_s: float) -> None:
-        self._stop: trio.Event | None = None
+        refuse_in_trio()
+        self._closed = False
+        self._scope = trio.CancelScope()
+        self._token: trio.lowlevel.TrioToken | None = None
         ready: queue.SimpleQueue[tuple[AsyncSwarm, Portal] | BaseException] = queue.SimpleQueue()
 
         async def main() -> None:
-            stop = self._stop = trio.Event()
-            async with open_swarm(bootstrap, timeout_s=timeout_s) as swarm:
-                ready.put((swarm, Portal(trio.lowlevel.current_trio_token())))
-                await stop.wait()
+            self._token = trio.lowlevel.current_trio_token()
+            if self._closed:
+                return
+            with self._scope:
+                async with open_swarm(bootstrap, timeout_s=timeout_s) as swarm:
+                    ready.put((swarm, Portal(self._token)))
+                    await trio.sleep_forever()
 
         def thread() -> None:
             try:
@@ -40,7 +47,11 @@ class Swarm:
 
         self._thread = threading.Thread(target=thread, name="raceme-client", daemon=True)
         self._thread.start()
-        outcome = ready.get()
+        try:
+            outcome = ready.get()
+        except BaseException:  # Ctrl-C
+            self.close()
+            raise
         if isinstance(outcome, BaseException):
             raise outcome
         self._swarm, self._portal = outcome
@@ -68,18 +79,11 @@ class Swarm:
 
     def close(self) -> None:
         """End all sessions and connections. Closing twice is fine."""
-        stop = self._stop
-        if self._thread.is_alive() and stop is not None:
-
-            async def set_stop() -> None:
-                stop.set()
-
-            try:
-                self._portal.call(set_stop)
-            except Exception as error:
-                if not isinstance(error.__cause__, trio.RunFinishedError):
-                    raise
-            self._thread.join(CLOSE_S)
+        self._closed = True
+        if self._token is not None:
+            with suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self._scope.cancel)
+        self._thread.join(CLOSE_S)
 
     def __enter__(self) -> Swarm:
         return self

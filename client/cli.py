@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from client import shadowing
@@ -74,15 +75,47 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     _add_bootstrap(generate)
     generate.add_argument("--model", required=True, metavar="NAME", help="as served, or the folder of its checkpoint")
     generate.add_argument("prompt", help="text to continue; - reads it from standard input")
-    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
-    generate.add_argument("--temperature", type=float, metavar="T", help="sample at this temperature (default: greedy)")
-    generate.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens that make up P")
-    generate.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
-    generate.add_argument("--seed", type=int, help="make sampling repeatable")
-    generate.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: repeat less")
+    generate.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="default: 64")
+    generate.add_argument(
+        "--temperature", type=_above_zero, metavar="T", help="sample at this temperature (default: greedy)"
+    )
+    generate.add_argument("--top-p", type=_share, metavar="P", help="sample from the likeliest tokens that make up P")
+    generate.add_argument("--top-k", type=_count, metavar="K", help="sample from the K likeliest tokens")
+    generate.add_argument("--seed", type=_seed, help="make sampling repeatable")
+    generate.add_argument("--repetition-penalty", type=_above_zero, metavar="X", help="above 1: repeat less")
     console.add_json(generate, "text, ids and figures, at the end,")
     console.add_common(generate)
     generate.set_defaults(run=run_generate)
+
+
+def _above_zero(text: str) -> float:
+    return _number(text, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def _share(text: str) -> float:
+    return _number(text, lambda value: 0 < value <= 1, "a number above 0, at most 1")
+
+
+def _number(text: str, is_good: Callable[[float], bool], wanted: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not is_good(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0, below 2^63")
+    return int(text)
 
 
 def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -103,7 +136,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "text through them, and compare it with what one machine gives. Ends by itself.",
     )
     demo.add_argument("--prompt", default="In the beginning", help='default: "In the beginning"')
-    demo.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
+    demo.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="default: 64")
     console.add_json(demo, "what came of it")
     console.add_common(demo)
     demo.set_defaults(run=run_demo)
@@ -121,8 +154,6 @@ def run_generate(options: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     if not prompt:
         raise console.UserError("the prompt is empty: give at least one character")
-    if options.max_new_tokens < 1:
-        raise console.UserError("--max-new-tokens must be at least 1")
     with client.connect(options.bootstrap, timeout_s=CONNECT_TIMEOUT_S) as swarm:
         # Ask for the model's nodes before the slow import: what is missing should be said at once.
         swarm.models()
@@ -136,14 +167,21 @@ def run_generate(options: argparse.Namespace) -> int:
         ids = model.tokenizer(prompt, return_tensors="pt").input_ids
         streamer = None if options.json else TextStreamer(model.tokenizer, skip_special_tokens=True)
         with model.session() as session:
+            # What cannot be done is said before the prompt is printed. (The last token is never sent.)
+            session.prepare(1, ids.shape[1] + options.max_new_tokens - 1)
             started = time.monotonic()
-            output = model.generate(
-                ids,
-                session=session,
-                streamer=streamer,
-                attention_mask=torch.ones_like(ids),
-                **sampling_options(options),
-            )
+            try:
+                output = model.generate(
+                    ids,
+                    session=session,
+                    streamer=streamer,
+                    attention_mask=torch.ones_like(ids),
+                    **sampling_options(options),
+                )
+            except BaseException:
+                if streamer is not None:
+                    print(flush=True)  # the complaint begins a line of its own
+                raise
             seconds = time.monotonic() - started
             route = session.route
     new_tokens = output.shape[1] - ids.shape[1]

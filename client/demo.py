@@ -137,9 +137,11 @@ class _Alone:
         try:
             import torch
             from transformers import AutoTokenizer, BloomForCausalLM
+            from transformers.utils import logging
 
             from compute.models import find_checkpoint
 
+            logging.disable_progress_bar()
             folder = find_checkpoint(MODEL).file("config.json").parent
             model = BloomForCausalLM.from_pretrained(folder, dtype=torch.float32)
             self._loaded = AutoTokenizer.from_pretrained(folder), model.eval()
@@ -178,8 +180,9 @@ class _Process:
             DemoFailed: it ended, or did not print it in time.
         """
         timer = threading.Timer(START_S, self._popen.kill)
-        timer.start()
+        timer.daemon = True  # Ctrl-C may come before it can be cancelled: it must not keep us alive
         try:
+            timer.start()
             stdout = self._popen.stdout
             line = stdout.readline() if stdout is not None else ""
         finally:

@@ -7,6 +7,10 @@ class ClientError(Exception):
     """Base of this floor's errors."""
 
 
+class SwarmClosed(ClientError):
+    """``close()`` was called, or the swarm's block has ended."""
+
+
 class UnknownModel(ClientError):
     """Nobody serves the model, or its files are not on this machine."""
 

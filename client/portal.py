@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import TypeVar
 
 import trio
 
-from client.errors import ClientError
+from client.errors import ClientError, SwarmClosed
 
 T = TypeVar("T")
 
@@ -19,18 +20,37 @@ class Portal:
         self._token = token
 
     def call(self, function: Callable[..., Awaitable[T]], *args: object) -> T:
-        """``await function(*args)`` over there; blocks here.
+        """``await function(*args)`` over there; blocks here. Ctrl-C here cancels it there.
 
         Raises:
-            ClientError: the event loop has ended, or this is its own thread.
+            SwarmClosed: the event loop has ended.
+            ClientError: the caller is in an event loop of trio.
         """
+        refuse_in_trio()
+        scope = trio.CancelScope()
+
+        async def work() -> T:
+            with scope:
+                return await function(*args)
+            raise ClientError("interrupted")  # for nobody: who would have waited has been interrupted
+
         try:
-            return trio.from_thread.run(function, *args, trio_token=self._token)
-        except trio.RunFinishedError as error:
-            raise ClientError("the swarm was closed") from error
-        except RuntimeError as error:
-            if "deadlock" in str(error) or "from within Trio" in str(error):
-                raise ClientError(
-                    "this call blocks: inside trio, use trio.to_thread.run_sync(model.generate, ...)"
-                ) from error
+            return trio.from_thread.run(work, trio_token=self._token)
+        except (trio.RunFinishedError, trio.Cancelled) as error:
+            raise SwarmClosed("the swarm was closed; connect again with client.connect()") from error
+        except KeyboardInterrupt:
+            with suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(scope.cancel)
             raise
+
+
+def refuse_in_trio() -> None:
+    """For what blocks: a task that calls it would wait for itself.
+
+    Raises:
+        ClientError: called from a task of trio.
+    """
+    if trio.lowlevel.in_trio_task():
+        raise ClientError(
+            "this call blocks: inside trio, use client.open_swarm() and trio.to_thread.run_sync(model.generate, ...)"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from client.errors import MissingBlocks
@@ -19,20 +19,21 @@ class Hop:
     end: int
 
 
-def choose_chain(nodes: Iterable[NodeAnnouncement], *, avoid: Collection[PeerId] = ()) -> list[Hop]:
+def choose_chain(nodes: Iterable[NodeAnnouncement], *, avoid: Mapping[PeerId, str] | None = None) -> list[Hop]:
     """The best chain over the whole model: fewest hops, then the least time for a token.
 
     All hops compute with the same numerics.
 
     Args:
         nodes: those that serve one model; at least one.
-        avoid: peers that failed a moment ago.
+        avoid: peers that failed a moment ago, and how.
 
     Raises:
         MissingBlocks: some block is served by none of them.
     """
     offered = list(nodes)
-    usable = [node for node in offered if node.peer_id not in avoid]
+    failed = avoid or {}
+    usable = [node for node in offered if node.peer_id not in failed]
     chains = [
         chain
         for numerics in _classes(usable)
@@ -40,7 +41,7 @@ def choose_chain(nodes: Iterable[NodeAnnouncement], *, avoid: Collection[PeerId]
     ]
     if chains:
         return min(chains, key=_cost)
-    raise _explain(offered, usable)
+    raise _explain(offered, failed)
 
 
 def runs_without(n_blocks: int, nodes: Iterable[NodeAnnouncement]) -> list[tuple[int, int]]:
@@ -92,8 +93,9 @@ def _cost(chain: Sequence[Hop]) -> tuple[int, float]:
     return len(chain), seconds
 
 
-def _explain(offered: Sequence[NodeAnnouncement], usable: Sequence[NodeAnnouncement]) -> MissingBlocks:
+def _explain(offered: Sequence[NodeAnnouncement], failed: Mapping[PeerId, str]) -> MissingBlocks:
     first = offered[0]
+    usable = [node for node in offered if node.peer_id not in failed]
     unserved = runs_without(first.blocks, offered)
     if unserved:
         return MissingBlocks(
@@ -103,10 +105,12 @@ def _explain(offered: Sequence[NodeAnnouncement], usable: Sequence[NodeAnnouncem
         )
     silent = runs_without(first.blocks, usable)
     if silent:
+        start, end = silent[0]
+        culprit = next(node.peer_id for node in offered if node.start < end and start < node.end)
         return MissingBlocks(
-            f"blocks {spell_runs(silent)} of {first.model} are announced, but the nodes that serve them do not "
-            f"answer; wait for them, or start another with: raceme serve {first.model} --blocks "
-            f"{spell_runs(silent[:1])} --bootstrap ADDR",
+            f"blocks {spell_runs(silent)} of {first.model} are announced, but the nodes that serve them fail "
+            f"({culprit}: {failed[culprit]}); wait for them, or start another with: raceme serve {first.model} "
+            f"--blocks {spell_runs(silent[:1])} --bootstrap ADDR",
             silent,
         )
     return MissingBlocks(

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 import trio
 
-from client.errors import InvalidInput, SessionFailed
+from client.errors import InvalidInput, MissingBlocks, SessionFailed
 from client.routing import Hop, choose_chain
+from compute.errors import BadInput
 from compute.tensors import from_wire, to_wire
 from net import errors
 from net.host import Host
@@ -31,6 +32,7 @@ OPEN_TIMEOUT_S = 8.0
 STEP_TIMEOUT_S = 60.0
 MAX_REPLACEMENTS = 4  # chains tried for one step
 BUSY_TRIES = 5
+MAX_RETRY_AFTER_S = 10.0  # a node that wants to be left alone for longer is asked again all the same
 CALLERS_FAULT = frozenset(
     {"bad-shape", "bad-dtype", "bad-position", "bad-value", "too-long", "not-finite", "bad-input"}
 )
@@ -63,7 +65,8 @@ class Session:
         self._find_nodes = find_nodes
         self._requested_length = max_length
         self._lanes: list[Lane] = []
-        self._failed: set[PeerId] = set()
+        self._failed: dict[PeerId, str] = {}  # who, and why
+        self._may_forgive = True
         self._history: list[_Piece] = []
         self.chain: list[Hop] = []
         self.batch: int | None = None
@@ -78,12 +81,11 @@ class Session:
             SessionFailed: nodes refuse.
             InvalidInput: the session has another number of rows.
         """
-        if self.batch is None:
-            self.batch = batch
-        if self.batch != batch:
+        if self.batch not in (None, batch):
             raise InvalidInput(f"the session has {self.batch} rows, not {batch}; open another with model.session()")
+        self._may_forgive = True
         if not self._lanes:
-            await self._open_chain()
+            await self._open_chain(batch)
 
     async def step(self, hidden: torch.Tensor) -> torch.Tensor:
         """Run all blocks on the next tokens.
@@ -136,23 +138,48 @@ class Session:
 
     # The chain
 
-    async def _open_chain(self) -> None:
-        """Choose a chain and open the session on each of its nodes; others are tried when one does not answer."""
-        batch = self.batch or 1
+    async def _open_chain(self, batch: int) -> None:
+        """Choose a chain, open the session on each of its nodes and send them the history.
+
+        Another chain is tried when a node fails.
+        """
         for attempt in range(MAX_REPLACEMENTS):
-            nodes = await self._find_nodes()
-            chain = choose_chain(nodes, avoid=self._failed)
-            longest = min(hop.node.max_length for hop in chain)
+            chain = await self._choose()
+            longest = min(wire.MAX_LENGTH, *(hop.node.max_length for hop in chain))
             self.max_length = min(longest, self._requested_length or longest)
             try:
                 await self._open_hops(chain, batch)
+                for earlier in self._history:
+                    await self._through_chain(earlier)
             except errors.PeerFailed as error:
                 logger.info("chain %d: %s", attempt, error)
                 await self._give_up_on(error)
                 continue
-            self.chain = chain
+            except BaseException:  # refused or cancelled half-way: half a chain must not be taken for one
+                with trio.CancelScope(shield=True):
+                    await self.aclose()
+                raise
+            self.chain, self.batch = chain, batch
             return
-        raise SessionFailed(f"{MAX_REPLACEMENTS} chains failed one after another; the swarm may be overloaded")
+        raise SessionFailed(
+            f"{MAX_REPLACEMENTS} chains failed one after another, the last one for: {self._last_reason}; "
+            f"the swarm may be overloaded: try again later"
+        )
+
+    async def _choose(self) -> list[Hop]:
+        """A chain without the nodes that failed; when there is none, those get one more chance in each step.
+
+        (A node may have ended the session because it was idle, or may have come back meanwhile.)
+        """
+        nodes = await self._find_nodes()
+        try:
+            return choose_chain(nodes, avoid=self._failed)
+        except MissingBlocks:
+            if not (self._failed and self._may_forgive):
+                raise
+        self._may_forgive = False
+        self._failed.clear()
+        return choose_chain(nodes)
 
     async def _open_hops(self, chain: list[Hop], batch: int) -> None:
         for hop in chain:
@@ -174,8 +201,12 @@ class Session:
 
     async def _give_up_on(self, error: errors.PeerFailed) -> None:
         if isinstance(error.peer_id, PeerId):
-            self._failed.add(error.peer_id)
+            self._failed[error.peer_id] = error.reason
         await self.aclose()
+
+    @property
+    def _last_reason(self) -> str:
+        return next(reversed(self._failed.values()), "unknown")
 
     # Steps
 
@@ -184,18 +215,18 @@ class Session:
         for _ in range(MAX_REPLACEMENTS):
             try:
                 if not self._lanes:
-                    await self._open_chain()
-                    for earlier in self._history:
-                        await self._through_chain(earlier)
+                    await self._open_chain(piece.hidden.shape[0])
                 return await self._through_chain(piece)
             except errors.PeerFailed as error:
                 logger.warning("replacing a node: %s", error)
                 await self._give_up_on(error)
-            except trio.Cancelled:
+            except BaseException:  # refused or cancelled half-way: the hops may be at different positions
                 with trio.CancelScope(shield=True):
                     await self.aclose()
                 raise
-        raise SessionFailed(f"{MAX_REPLACEMENTS} nodes failed during one step")
+        raise SessionFailed(
+            f"{MAX_REPLACEMENTS} nodes failed during one step, the last one for: {self._last_reason}; try again later"
+        )
 
     async def _through_chain(self, piece: _Piece) -> torch.Tensor:
         hidden = piece.hidden
@@ -210,6 +241,7 @@ class Session:
 
     async def _call(self, lane: Lane, method: str, message: Message, timeout_s: float) -> Message:
         """A call whose refusals are sorted: ours, the node's for now, the node's for good."""
+        why = ""
         for _ in range(BUSY_TRIES):
             try:
                 return await lane.call(method, message, timeout_s=timeout_s)
@@ -218,15 +250,19 @@ class Session:
                     raise InvalidInput(error.message) from error
                 if error.retry_after_s is None:
                     raise errors.PeerFailed(lane.peer_id, str(error)) from error
-                await trio.sleep(min(error.retry_after_s, 10.0))
-        raise errors.PeerFailed(lane.peer_id, f"busy {BUSY_TRIES} times in a row")
+                why = error.message
+                await trio.sleep(min(error.retry_after_s, MAX_RETRY_AFTER_S))
+        raise errors.PeerFailed(lane.peer_id, f"put off {BUSY_TRIES} times in a row: {why}")
 
     def _read_hidden(self, lane: Lane, answer: Message, sent: torch.Tensor) -> torch.Tensor:
         """Never believe a node: shape, dtype and finiteness of what it returns."""
         if len(answer.tensors) != 1 or answer.tensors[0].shape != tuple(sent.shape):
             raise errors.PeerFailed(lane.peer_id, "answered a step with another shape")
         tensor = answer.tensors[0]
-        hidden = from_wire(tensor.dtype, tensor.shape, tensor.data)
+        try:
+            hidden = from_wire(tensor.dtype, tensor.shape, tensor.data)
+        except BadInput as error:
+            raise errors.PeerFailed(lane.peer_id, f"answered a step with {error}") from error
         if hidden.dtype != sent.dtype or not torch.isfinite(hidden).all():
             raise errors.PeerFailed(lane.peer_id, "answered a step with values that are not finite or of another type")
         return hidden

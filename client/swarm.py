@@ -82,17 +82,18 @@ class AsyncSwarm:
 
     async def models(self) -> list[ServedModel]:
         """What is being served, block by block."""
-        by_digest: dict[str, list[NodeAnnouncement]] = {}
+        # A digest belongs to one number of blocks; who announces another one serves something else.
+        by_identity: dict[tuple[str, int], list[NodeAnnouncement]] = {}
         for node in await self.nodes():
-            by_digest.setdefault(node.digest, []).append(node)
+            by_identity.setdefault((node.digest, node.blocks), []).append(node)
         return [
             ServedModel(
                 name=nodes[0].model,
                 digest=digest,
-                n_blocks=nodes[0].blocks,
+                n_blocks=n_blocks,
                 nodes=tuple(sorted(nodes, key=lambda node: (node.start, node.end, node.peer_id.to_bytes()))),
             )
-            for digest, nodes in sorted(by_digest.items(), key=lambda item: (item[1][0].model, item[0]))
+            for (digest, n_blocks), nodes in sorted(by_identity.items(), key=lambda item: (item[1][0].model, item[0]))
         ]
 
     async def peers(self) -> list[Peer]:
@@ -103,14 +104,16 @@ class AsyncSwarm:
                 nursery.start_soon(self._probe, node, found)
         return sorted(found, key=lambda peer: (peer.announcement.model, peer.announcement.start))
 
-    async def session(self, digest: str, *, max_length: int | None = None) -> Session:
-        """A session over all blocks of the model with this digest; opened at its first step."""
+    async def session(self, model: ServedModel, *, max_length: int | None = None) -> Session:
+        """A session over all blocks of a model; opened at its first step."""
         from client.session import Session
 
         async def find() -> list[NodeAnnouncement]:
-            nodes = [node for node in await self.nodes() if node.digest == digest]
+            nodes = [n for n in await self.nodes() if (n.digest, n.blocks) == (model.digest, model.n_blocks)]
             if not nodes:
-                raise UnknownModel("nobody serves this model any more; start nodes with: raceme serve")
+                raise UnknownModel(
+                    f"nobody serves {model.name} any more; start nodes with: raceme serve {model.name} --bootstrap ADDR"
+                )
             return nodes
 
         return Session(self.host, find, max_length=max_length)

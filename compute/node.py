@@ -1,7 +1,7 @@
 """A compute node: a span of blocks, served to sessions and announced to the swarm.
 
 Coming up: choose a span, announce it as ``joining``, look whether somebody chose the same at the same
-time (the lower PeerId keeps it), load, measure, announce as ``online``. Going: withdraw, then stop.
+time (the lower PeerId keeps it), load, look again, measure, announce as ``online``. Going: stop, withdraw.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import trio
 
+from compute.bloom import BloomSpan
 from compute.checkpoint import Checkpoint
 from compute.engine import Engine, EngineSettings
 from compute.errors import EngineError
@@ -86,16 +88,13 @@ class Node:
         Cancellation: withdraws the announcement (at most two seconds), then frees everything.
         """
         try:
-            start, end = await self._settle()
-            span = await trio.to_thread.run_sync(
-                lambda: self._checkpoint.load_span(start, end, progress=progress), abandon_on_cancel=True
-            )
+            span = await self._load(progress)
             engine = self._engine = Engine(span, self._settings.engine)
             async with open_service_nursery() as nursery:
                 await nursery.start(engine.run)
                 speed = await engine.measure()
                 self._host.handle(wire.PROTOCOL_ID, self._serve)
-                self.announcement = self._offer(start, end, weights=span.digest, speed=speed, state="online")
+                self.announcement = self._offer(span.start, span.end, weights=span.digest, speed=speed, state="online")
                 await self._announce()
                 task_status.started(self.announcement)
         finally:
@@ -103,6 +102,35 @@ class Node:
                 await self._dht.withdraw()
 
     # Which blocks
+
+    async def _load(self, progress: Callable[[int, int], None] | None) -> BloomSpan:
+        """Choose a span and load it; another one when it turns out to be somebody else's.
+
+        (Who looked before we announced and announced after we had looked was not seen the first time.)
+        """
+        for _ in range(PLACEMENT_ROUNDS):
+            start, end = await self._settle()
+            span = await trio.to_thread.run_sync(
+                partial(self._checkpoint.load_span, start, end, progress=progress), abandon_on_cancel=True
+            )
+            if self._settings.span is not None or not await self._is_taken(start, end):
+                break
+        return span
+
+    async def _is_taken(self, start: int, end: int) -> bool:
+        """Whether another node has the right to these very blocks, and there are others that are served less."""
+        rivals = self._senior(await self._others(), (start, end))
+        better = choose_span(self._checkpoint.n_blocks, end - start, rivals)
+        return better != (start, end) and any((node.start, node.end) == (start, end) for node in rivals)
+
+    def _senior(self, nodes: list[NodeAnnouncement], span: tuple[int, int]) -> list[NodeAnnouncement]:
+        """Those whose choice stands: all but those that want ``span`` too, still join, and have a higher PeerId."""
+        own = self._host.peer_id.to_bytes()
+        return [
+            node
+            for node in nodes
+            if node.state == "online" or node.peer_id.to_bytes() < own or (node.start, node.end) != span
+        ]
 
     async def _settle(self) -> tuple[int, int]:
         """Choose a span such that nodes that come up together do not all choose the same."""
@@ -116,13 +144,7 @@ class Node:
         for _ in range(PLACEMENT_ROUNDS):
             self.announcement = self._offer(*span, weights="0" * 64, speed=0.0, state="joining")
             await self._announce()
-            own = self._host.peer_id.to_bytes()
-            senior = [
-                node
-                for node in await self._others()
-                if node.state == "online" or node.peer_id.to_bytes() < own or (node.start, node.end) != span
-            ]
-            better = choose_span(n_blocks, length, senior)
+            better = choose_span(n_blocks, length, self._senior(await self._others(), span))
             if better == span:
                 break
             span = better

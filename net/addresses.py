@@ -12,7 +12,17 @@ from multiaddr.exceptions import Error as MultiaddrError
 from net.errors import AddressError
 from net.identity import PeerId
 
-__all__ = ["Multiaddr", "PeerAddress", "host_port", "ip_group", "parse", "parse_peer", "spell_out"]
+__all__ = [
+    "Multiaddr",
+    "PeerAddress",
+    "host_port",
+    "ip_group",
+    "parse",
+    "parse_peer",
+    "spell_out",
+    "tcp",
+    "websocket_host_port",
+]
 
 EXAMPLE = "/ip4/203.0.113.7/tcp/4001/p2p/12D3Koo..."
 MAX_ADDRESS_CHARACTERS = 1024
@@ -59,10 +69,19 @@ def parse_peer(text: str) -> PeerAddress:
 
 def host_port(address: Multiaddr) -> tuple[str, int] | None:
     """The host and TCP port of ``/ip4|ip6|dns*/HOST/tcp/PORT``; None for anything else."""
+    return _host_port(address, ["tcp"])
+
+
+def websocket_host_port(address: Multiaddr) -> tuple[str, int] | None:
+    """The host and TCP port of ``/ip4|ip6|dns*/HOST/tcp/PORT/ws``; None for anything else."""
+    return _host_port(address, ["tcp", "ws"])
+
+
+def _host_port(address: Multiaddr, protocols: list[str]) -> tuple[str, int] | None:
     parts = [(protocol.name, value) for protocol, value in address.items()]
-    if len(parts) != 2 or parts[1][0] != "tcp":
+    if [name for name, _ in parts[1:]] != protocols:
         return None
-    (kind, host), (_, port) = parts
+    (kind, host), (_, port) = parts[:2]
     if kind not in ("ip4", "ip6", "dns", "dns4", "dns6") or host is None or port is None:
         return None
     return str(host), int(port)
@@ -97,10 +116,11 @@ def spell_out(address: Multiaddr) -> list[Multiaddr]:
 
     Public ones come first, loopback last.
     """
-    where = host_port(address)
-    if where is None or where[0] not in ("0.0.0.0", "::"):
+    text = str(address)
+    kind, wildcard = ("ip6", "/ip6/::/") if text.startswith("/ip6/") else ("ip4", "/ip4/0.0.0.0/")
+    if not text.startswith(wildcard):
         return [address]
-    version = 4 if where[0] == "0.0.0.0" else 6
+    version = int(kind[-1])
     found: set[ipaddress.IPv4Address | ipaddress.IPv6Address] = set()
     for adapter in ifaddr.get_adapters():
         for entry in adapter.ips:
@@ -108,4 +128,5 @@ def spell_out(address: Multiaddr) -> list[Multiaddr]:
             if ip.version == version and not ip.is_link_local:
                 found.add(ip)
     ordered = sorted(found, key=lambda ip: (ip.is_loopback, not ip.is_global, int(ip)))
-    return [tcp(str(ip), where[1]) for ip in ordered] or [tcp("127.0.0.1" if version == 4 else "::1", where[1])]
+    hosts = [str(ip) for ip in ordered] or ["127.0.0.1" if version == 4 else "::1"]
+    return [Multiaddr(f"/{kind}/{host}/{text.removeprefix(wildcard)}") for host in hosts]

@@ -66,11 +66,13 @@ class PeerFailed(NetError):
 
     Attributes:
         peer_id: who failed.
+        reason: how.
     """
 
     def __init__(self, peer_id: object, reason: str) -> None:
         super().__init__(f"peer {peer_id}: {reason}")
         self.peer_id = peer_id
+        self.reason = reason
 
 
 class RpcError(NetError):

@@ -28,6 +28,7 @@ from net.security.tls import TlsSecurity
 from net.swarm import Connection, Swarm
 from net.transports.base import Transport
 from net.transports.tcp import TcpTransport
+from net.transports.websocket import WebSocketTransport
 
 __all__ = ["Handler", "Host", "open_host"]
 
@@ -161,7 +162,7 @@ async def open_host(
     Args:
         identity: who we are.
         listen: addresses to accept connections on; none for a host that only dials.
-        transports: ways to connect; TCP alone by default.
+        transports: ways to connect; TCP, then WebSocket by default.
         securities: secure channels in order of preference; Noise, then TLS by default. There is no plaintext.
         limits: budgets.
 
@@ -170,7 +171,7 @@ async def open_host(
     """
     host = Host(
         identity,
-        transports=(TcpTransport(),) if transports is None else transports,
+        transports=(TcpTransport(), WebSocketTransport()) if transports is None else transports,
         securities=(NoiseSecurity(identity), TlsSecurity(identity)) if securities is None else securities,
         limits=limits or Limits(),
     )

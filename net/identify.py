@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import trio
 from google.protobuf.message import DecodeError
+from libp2p.crypto.serialization import deserialize_public_key
 from libp2p.identity.identify.pb.identify_pb2 import Identify
 
 import net.version
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 PROTOCOL_ID = "/ipfs/id/1.0.0"
 PROTOCOL_VERSION = "ipfs/0.1.0"
 MAX_MESSAGE_BYTES = 8 * 1024  # go-libp2p
+IDENTIFY_S = 5.0  # go-libp2p
 
 
 def serve_identify(host: Host) -> None:
@@ -45,24 +48,38 @@ async def identify(host: Host, peer_id: PeerId) -> Identify:
 
     Raises:
         RemoteProtocolError: the message is too long, no message, or another peer's key.
+        PeerFailed: no message in ``IDENTIFY_S``.
+        DialError, ConnectionLost, StreamReset: there is no connection (any more).
     """
     async with host.stream(peer_id, [PROTOCOL_ID]) as stream:
-        length = shift = 0
-        while True:
-            byte = (await receive_exactly(stream, 1))[0]
-            length |= (byte & 127) << shift
-            shift += 7
-            if length > MAX_MESSAGE_BYTES or shift > 21:
-                raise errors.RemoteProtocolError(f"an identify message of more than {MAX_MESSAGE_BYTES} bytes")
-            if byte < 128:
-                break
-        data = await receive_exactly(stream, length)
+        with trio.move_on_after(IDENTIFY_S) as scope:
+            data = await _receive_message(stream)
+        if scope.cancelled_caught:
+            raise errors.PeerFailed(peer_id, f"did not identify itself in {IDENTIFY_S:g} s")
     message = Identify()
     try:
         message.ParseFromString(data)
     except DecodeError as error:
         raise errors.RemoteProtocolError("an identify message that is no protobuf") from error
+    try:
+        owner = PeerId.from_pubkey(deserialize_public_key(message.public_key))
+    except Exception as error:  # the library raises many types for bytes that are no key
+        raise errors.RemoteProtocolError("an identify message without a readable public key") from error
+    if owner != peer_id:
+        raise errors.RemoteProtocolError(f"{peer_id} identified itself with the key of {owner}")
     return message
+
+
+async def _receive_message(stream: YamuxStream) -> bytes:
+    length = shift = 0
+    while True:
+        byte = (await receive_exactly(stream, 1))[0]
+        length |= (byte & 127) << shift
+        shift += 7
+        if length > MAX_MESSAGE_BYTES or shift > 21:
+            raise errors.RemoteProtocolError(f"an identify message of more than {MAX_MESSAGE_BYTES} bytes")
+        if byte < 128:
+            return await receive_exactly(stream, length)
 
 
 def _varint(value: int) -> bytes:

@@ -82,9 +82,10 @@ class Identity:
             private = deserialize_private_key(data)
             if private.get_type() != KeyType.Ed25519:
                 raise ValueError("not an Ed25519 key")
-            return cls(KeyPair(private, private.get_public_key()), path, fd)
+            pair = KeyPair(private, private.get_public_key())
         except Exception as error:  # the library raises many types for bytes that are no key
             raise IdentityError(f"identity {path} is not a libp2p Ed25519 private key; move it away") from error
+        return cls(pair, path, fd)
 
     @classmethod
     def default(cls, folder: Path, name: str, slots: int = 64) -> Identity:

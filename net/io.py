@@ -7,6 +7,25 @@ import trio
 from net.errors import ConnectionLost
 
 
+class SingleUse:
+    """``with`` it around what one task at a time may do: trio's rule for the two directions of a stream.
+
+    Raises (on entering): ``trio.BusyResourceError`` when another task is inside.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._busy = False
+
+    def __enter__(self) -> None:
+        if self._busy:
+            raise trio.BusyResourceError(f"another task is {self._what}")
+        self._busy = True
+
+    def __exit__(self, *_: object) -> None:
+        self._busy = False
+
+
 async def receive_exactly(stream: trio.abc.ReceiveStream, count: int) -> bytes:
     """Read ``count`` bytes, no more and no less.
 

@@ -34,11 +34,13 @@ async def _answer(connection: Connection, stream: YamuxStream) -> None:
     while True:
         with trio.move_on_after(IDLE_S) as scope:
             data = await stream.receive_some(PING_BYTES)
-        if scope.cancelled_caught or not data:
+            if not data:
+                return
+            if len(data) < PING_BYTES:
+                data += await receive_exactly(stream, PING_BYTES - len(data))
+            await send(stream, data)
+        if scope.cancelled_caught:
             return
-        if len(data) < PING_BYTES:
-            data += await receive_exactly(stream, PING_BYTES - len(data))
-        await send(stream, data)
 
 
 async def ping(host: Host, peer_id: PeerId, *, timeout_s: float = 5.0) -> AsyncGenerator[float, None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 
@@ -39,6 +39,15 @@ class Connection:
     mux: YamuxConnection
 
 
+@dataclass(kw_only=True, eq=False)
+class _Dialling:
+    """What those who want one peer at the same time share."""
+
+    lock: trio.Lock = field(default_factory=trio.Lock)
+    tried: set[Multiaddr] = field(default_factory=set)
+    failure: errors.NetError | None = None
+
+
 OnStream = Callable[[Connection, YamuxStream], Awaitable[None]]
 
 
@@ -61,7 +70,7 @@ class Swarm:
         self._counts = ConnectionCounts(limits)
         self._on_stream = on_stream
         self._connections: dict[PeerId, list[Connection]] = {}
-        self._dialling: dict[PeerId, trio.Lock] = {}
+        self._dialling: dict[PeerId, _Dialling] = {}
         self._handshakes = 0
         # Connections outlive the call that dialled them, so they live here; open while ``run`` runs.
         self._nursery: trio.Nursery | None = None
@@ -105,24 +114,38 @@ class Swarm:
     async def dial(self, peer_id: PeerId, addresses: Sequence[Multiaddr]) -> Connection:
         """A connection to the peer: the one that is open, or a new one.
 
-        Several callers that want the same peer share one dial. Takes at most ``limits.dial_s`` a wave.
+        Several callers that want the same peer share one dial, and its failure. Addresses are tried side by
+        side, each for at most ``limits.dial_s``.
 
         Raises:
             DialError: no address led to the peer; the text has each one's reason.
-            PeerIdMismatch: the only address that answered belongs to somebody else.
+            PeerIdMismatch: the only address belongs to somebody else.
+            LimitExceeded: a budget of ours is used up.
             AddressError: no address is of a kind that can be dialled.
         Cancellation: leaves nothing open.
         """
         if peer_id == self._identity.peer_id:
             raise errors.DialError("that address is our own")
-        lock = self._dialling.setdefault(peer_id, trio.Lock())
+        dialling = self._dialling.setdefault(peer_id, _Dialling())
         try:
-            async with lock:
+            async with dialling.lock:
                 existing = self.connection(peer_id)
-                return existing or await self._race(peer_id, addresses)
+                if existing is not None:
+                    return existing
+                if dialling.failure is not None and dialling.tried.issuperset(addresses):
+                    raise dialling.failure
+                try:
+                    return await self._race(peer_id, addresses)
+                except errors.NetError as error:
+                    dialling.failure = error
+                    dialling.tried.update(addresses)
+                    if self._dialling.get(peer_id) is dialling:
+                        del self._dialling[peer_id]  # shared by those who wait already; who comes later tries again
+                    raise
         finally:
-            if not lock.statistics().tasks_waiting and not lock.locked():
-                self._dialling.pop(peer_id, None)
+            idle = not dialling.lock.statistics().tasks_waiting and not dialling.lock.locked()
+            if idle and self._dialling.get(peer_id) is dialling:
+                del self._dialling[peer_id]
 
     async def _race(self, peer_id: PeerId, addresses: Sequence[Multiaddr]) -> Connection:
         candidates = [address for address in dict.fromkeys(addresses) if self._can_dial(address)]
@@ -185,6 +208,8 @@ class Swarm:
             await self._carry(raw, None)
         except errors.NetError as error:
             logger.debug("inbound connection from %s: %s", raw.remote, error)
+        except Exception:  # a bug of ours: loud, but it ends this connection alone
+            logger.exception("the inbound connection from %s failed", raw.remote)
 
     # Both
 

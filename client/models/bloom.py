@@ -79,7 +79,7 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         Args:
             max_length: reserve for this many tokens; as many as the nodes allow by default.
         """
-        session = self._portal.call(lambda: self._swarm.session(self.served.digest, max_length=max_length))
+        session = self._portal.call(lambda: self._swarm.session(self.served, max_length=max_length))
         return SessionCache(session, self._portal)
 
     def generate(
@@ -160,13 +160,7 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         if generation_config.num_beams > 1:
             raise InvalidInput("beam search is not offered yet: leave num_beams at 1")
         session: SessionCache = model_kwargs["past_key_values"]
-        rows = batch_size * generation_config.num_return_sequences
-        room = session.prepare(rows)
-        if max_cache_length > room:
-            raise InvalidInput(
-                f"prompt and new tokens make {max_cache_length + 1} tokens; the nodes on the chain allow {room}: "
-                f"shorten the prompt or ask for fewer new tokens"
-            )
+        session.prepare(batch_size * generation_config.num_return_sequences, max_cache_length)
         session._is_user_defined = True  # type: ignore[attr-defined]  # what transformers marks its caches with
 
     def get_input_embeddings(self) -> Any:
@@ -181,7 +175,8 @@ def load(name: str, served: Sequence[ServedModel], swarm: AsyncSwarm, portal: Po
         CheckpointError: its files are damaged.
     """
     checkpoint = _local_files(name, served)
-    match = next((model for model in served if model.digest == checkpoint.digest), None)
+    wanted = (checkpoint.digest, checkpoint.n_blocks)
+    match = next((model for model in served if (model.digest, model.n_blocks) == wanted), None)
     if match is None:
         same_name = [model for model in served if model.name == checkpoint.name]
         if same_name:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
 
+from client.errors import InvalidInput, SwarmClosed
 from client.portal import Portal
 
 if TYPE_CHECKING:
@@ -48,13 +50,25 @@ class SessionCache:
         """(PeerId, first block, end block) of each hop in use."""
         return [(str(hop.node.peer_id), hop.start, hop.end) for hop in self._session.chain]
 
-    def prepare(self, batch: int) -> int:
+    def prepare(self, batch: int, tokens: int = 0) -> int:
         """Open the session for ``batch`` rows; returns how many tokens fit.
 
-        Raises: as ``Session.prepare``.
+        Args:
+            batch: rows.
+            tokens: how many the caller is going to need.
+
+        Raises:
+            InvalidInput: ``tokens`` do not fit.
+            Others: as ``Session.prepare``.
         """
         self._portal.call(self._session.prepare, batch)
-        return self._session.max_length
+        room = self._session.max_length
+        if tokens > room:
+            raise InvalidInput(
+                f"prompt and new tokens make {tokens + 1} tokens; the nodes on the chain allow {room + 1}: "
+                f"shorten the prompt or ask for fewer new tokens"
+            )
+        return room
 
     def step(self, hidden: torch.Tensor) -> torch.Tensor:
         """All blocks on the next tokens.
@@ -67,8 +81,9 @@ class SessionCache:
         return self._portal.call(self._session.step, hidden)
 
     def close(self) -> None:
-        """Free the session on its nodes."""
-        self._portal.call(self._session.aclose)
+        """Free the session on its nodes, if the swarm's end has not done so."""
+        with suppress(SwarmClosed):
+            self._portal.call(self._session.aclose)
 
     def __enter__(self) -> SessionCache:
         return self

@@ -15,7 +15,7 @@ from net import errors, records
 from net.addresses import PeerAddress
 from net.dht import keys, wire
 from net.dht.lookup import Lookup
-from net.dht.store import RecordStore
+from net.dht.store import MAX_RECORDS_PER_KEY, RecordStore
 from net.dht.table import Contact, K, RoutingTable
 from net.host import Host
 from net.identity import PeerId
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class DhtSettings:
     query_s: float = 5.0  # one call to one peer
+    pages_s: float = 15.0  # all pages of one peer's records; what came by then counts
     refresh_s: float = 60.0  # between refreshes of the table
     announce_s: float = 30.0  # between renewals of an announcement
     ttl_s: int = 120  # of an announcement
@@ -114,6 +115,8 @@ class Dht:
         while True:
             await trio.sleep(self.settings.announce_s * random.uniform(0.9, 1.1))
             for key in list(self._announced):
+                if key not in self._announced:
+                    continue  # withdrawn while another was renewed
                 try:
                     await self._publish(key)
                 except errors.NetError as error:
@@ -171,28 +174,34 @@ class Dht:
     async def find(self, key: bytes, kind: str) -> list[Record]:
         """Every record of ``kind`` under ``key`` that a server near it holds: the newest of each subject."""
         found: dict[PeerId, Record] = {}
-        await self._walk(key, found)
+
+        def take(record: Record) -> None:
+            known = found.get(record.peer_id)
+            if record.kind == kind and (known is None or record.sequence > known.sequence):
+                found[record.peer_id] = record
+
+        await self._walk(key, take)
         if self._server:
             for record in self.store.get(key, trio.current_time()):
-                _keep_newest(found, record)
-        return [record for record in found.values() if record.kind == kind and not record.body.get("withdrawn")]
+                take(record)
+        return [record for record in found.values() if not record.body.get("withdrawn")]
 
-    async def _walk(self, target: bytes, found: dict[PeerId, Record] | None) -> Lookup:
+    async def _walk(self, target: bytes, take: Callable[[Record], None] | None) -> Lookup:
         lookup = Lookup(self.host.peer_id, target, self.table.closest(target))
 
         async with trio.open_nursery() as nursery:
 
             async def ask(contact: Contact) -> None:
                 try:
-                    closer, held = await self._find(contact, target, want_records=found is not None)
+                    closer, held = await self._find(contact, target, want_records=take is not None)
                 except errors.NetError as error:
                     logger.debug("look-up: %s: %s", contact.peer_id, error)
                     lookup.failed(contact.peer_id)
                     self.table.failed(contact.peer_id)
                 else:
                     for record in held:
-                        if found is not None:
-                            _keep_newest(found, record)
+                        if take is not None:
+                            take(record)
                     lookup.answered(contact.peer_id, closer)
                     self.table.add(contact)
                 ask_more()
@@ -205,22 +214,29 @@ class Dht:
         return lookup
 
     async def _find(self, contact: Contact, target: bytes, *, want_records: bool) -> tuple[list[Contact], list[Record]]:
-        held: list[Record] = []
+        answer = await self._call(contact, "find", {"key": target, "records": want_records, "after": b""})
+        closer = wire.read_contacts(answer.header)
+        held = self._read_page(contact, answer)
         after = b""
-        while True:
-            answer = await self._call(contact, "find", {"key": target, "records": want_records, "after": after})
-            closer = wire.read_contacts(answer.header)
-            page = packing.field(answer.header, "records", list)
-            for envelope in page:
-                try:
-                    record = records.verify(packing.field({"r": envelope}, "r", bytes))
-                except errors.RecordError as error:
-                    logger.debug("%s passed on %s", contact.peer_id, error)
-                    continue
-                held.append(record)
-            if not answer.header.get("more") or not held or held[-1].peer_id.to_bytes() <= after:
-                return closer, held
-            after = held[-1].peer_id.to_bytes()
+        with trio.move_on_after(self.settings.pages_s):
+            # A page must bring us further, and a hostile server's pages end where an honest one's would.
+            while answer.header.get("more") and held and held[-1].peer_id.to_bytes() > after:
+                if len(held) >= MAX_RECORDS_PER_KEY:
+                    break
+                after = held[-1].peer_id.to_bytes()
+                answer = await self._call(contact, "find", {"key": target, "records": True, "after": after})
+                held += self._read_page(contact, answer)
+        return closer, held
+
+    @staticmethod
+    def _read_page(contact: Contact, answer: Message) -> list[Record]:
+        held = []
+        for envelope in packing.field(answer.header, "records", list):
+            try:
+                held.append(records.verify(packing.field({"r": envelope}, "r", bytes)))
+            except errors.RecordError as error:
+                logger.debug("%s passed on %s", contact.peer_id, error)
+        return held
 
     # Calling others
 
@@ -244,13 +260,14 @@ class Dht:
 
     async def _open_lane(self, contact: Contact) -> Lane:
         stream = await self.host.open_stream(contact.peer_id, [wire.PROTOCOL_ID], contact.addresses)
-        new = Lane(stream, contact.peer_id)
-        previous = self._lanes.pop(contact.peer_id, None)
-        self._lanes[contact.peer_id] = new
-        doomed = [previous] if previous is not None else []
-        while len(self._lanes) > self.settings.max_lanes:
-            doomed.append(self._lanes.pop(next(iter(self._lanes))))
-        for old in doomed:
+        other = self._lanes.get(contact.peer_id)
+        if other is not None:  # opened meanwhile by another call, which may be using it
+            stream.reset()
+            return other
+        new = self._lanes[contact.peer_id] = Lane(stream, contact.peer_id)
+        idle = [each for each in self._lanes.values() if each is not new and not each.is_busy]
+        for old in idle[: max(0, len(self._lanes) - self.settings.max_lanes)]:
+            self._drop_lane(old.peer_id, old)
             await old.aclose()
         return new
 
@@ -297,9 +314,3 @@ class Dht:
     def _note_caller(self, peer_id: PeerId, message: Message) -> None:
         if "from" in message.header:
             self.table.add(Contact(peer_id=peer_id, addresses=wire.read_addresses(message.header, "from")))
-
-
-def _keep_newest(found: dict[PeerId, Record], record: Record) -> None:
-    known = found.get(record.peer_id)
-    if known is None or record.sequence > known.sequence:
-        found[record.peer_id] = record

@@ -1,6 +1,7 @@
 """Signed records kept for others, by key and subject. No I/O; bounded; forgets by a clock of its own.
 
-The number of the last record of each subject outlives the record, so that an older one does not come back.
+The number of the last record of each subject outlives the record, so that an older one does not come back;
+only when its place is wanted for a newcomer's record is such a number forgotten early.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from net.errors import RecordError
 from net.identity import PeerId
 from net.records import CLOCK_SKEW_S, MAX_TTL_S, Record
 
+MAX_RECORD_BYTES = 40 * 1024  # so that one fits into an answer whose header is at most 64 KiB
 MAX_RECORDS = 16_384
 MAX_RECORDS_PER_KEY = 1024
 REMEMBER_SEQUENCE_S = MAX_TTL_S + 2 * CLOCK_SKEW_S  # after that, its own expiry refuses an old record
@@ -34,8 +36,10 @@ class RecordStore:
         """Keep a verified record.
 
         Raises:
-            RecordError: an older or equal one than we have seen, or no room.
+            RecordError: an older or equal one than we have seen, one that is too large, or no room.
         """
+        if len(record.envelope) > MAX_RECORD_BYTES:
+            raise RecordError(f"a record of {len(record.envelope)} bytes: at most {MAX_RECORD_BYTES} are kept")
         self.expire(now)
         entries = self._keys.get(key, {})
         entry = entries.get(record.peer_id)
@@ -44,7 +48,7 @@ class RecordStore:
                 return  # the same again: nothing to refuse
             raise RecordError(f"record {record.sequence} of {record.peer_id}: {entry.sequence} is known already")
         if entry is None:
-            if len(entries) >= MAX_RECORDS_PER_KEY:
+            if len(entries) >= MAX_RECORDS_PER_KEY and not _drop_oldest_tombstone(entries):
                 raise RecordError(f"{len(entries)} records lie under this key, the most kept")
             if sum(map(len, self._keys.values())) >= MAX_RECORDS:
                 raise RecordError(f"{MAX_RECORDS} records are kept here, the most allowed")
@@ -73,3 +77,12 @@ class RecordStore:
                     entry.record = None
             if not entries:
                 del self._keys[key]
+
+
+def _drop_oldest_tombstone(entries: dict[PeerId, _Entry]) -> bool:
+    """Make room by forgetting a number whose record is gone. False: all records are alive."""
+    tombstones = [peer_id for peer_id, entry in entries.items() if entry.record is None]
+    if not tombstones:
+        return False
+    del entries[min(tombstones, key=lambda peer_id: entries[peer_id].forget)]
+    return True

@@ -18,6 +18,7 @@ from multiaddr.exceptions import Error as MultiaddrError
 
 from net.addresses import Multiaddr
 from net.dht.keys import KEY_BYTES
+from net.dht.store import MAX_RECORD_BYTES
 from net.dht.table import Contact, K
 from net.errors import RemoteProtocolError
 from net.identity import PeerId
@@ -27,7 +28,7 @@ PROTOCOL_ID = "/raceme/kad/1.0.0"
 MAX_ADDRESSES = 8
 MAX_ADDRESS_BYTES = 128
 MAX_PEER_ID_BYTES = 64
-MAX_ANSWER_RECORD_BYTES = 40 * 1024  # so that an answer's header stays within 64 KiB
+MAX_ANSWER_RECORD_BYTES = MAX_RECORD_BYTES  # in one page
 
 
 def write_addresses(addresses: Iterable[Multiaddr]) -> list[bytes]:

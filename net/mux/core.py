@@ -123,6 +123,11 @@ class YamuxCore:
         self._going_away = False
         self._peer_going_away = False
 
+    @property
+    def takes_streams(self) -> bool:
+        """False once either side is going away."""
+        return not (self._going_away or self._peer_going_away)
+
     # What the driver does with streams
 
     def open_stream(self, now: float) -> int:
@@ -131,10 +136,12 @@ class YamuxCore:
         Raises:
             LimitExceeded: as many as allowed are open, or either side is going away.
         """
-        if self._going_away or self._peer_going_away:
+        if not self.takes_streams:
             raise LimitExceeded("the connection takes no new streams: it is being closed")
         if self._counts[False] >= self.settings.max_outbound_streams:
             raise LimitExceeded(f"{self._counts[False]} streams are open to this peer, the most allowed")
+        if len(self._control) >= self.settings.max_control_frames:
+            raise LimitExceeded(f"{len(self._control)} frames wait for this peer, which does not read")
         stream_id = self._next_id
         self._next_id += 2
         self._add(stream_id, inbound=False, now=now)
@@ -142,9 +149,22 @@ class YamuxCore:
         return stream_id
 
     def accept(self, stream_id: int) -> None:
-        """Tell the peer that its stream is welcome."""
+        """Tell the peer that its stream is welcome.
+
+        Raises:
+            RemoteProtocolError: the peer opens streams and does not read our answers.
+        """
         if stream_id in self._streams:
-            self._queue(Header(Type.WINDOW_UPDATE, Flags.ACK, stream_id, 0))
+            self._answer(Header(Type.WINDOW_UPDATE, Flags.ACK, stream_id, 0))
+
+    def refuse(self, stream_id: int) -> None:
+        """Tell the peer that there is no room for its stream.
+
+        Raises: as ``accept``.
+        """
+        if stream_id in self._streams:
+            self._remove(stream_id)
+            self._answer(Header(Type.WINDOW_UPDATE, Flags.RST, stream_id, 0))
 
     def send(self, stream_id: int, data: bytes | bytearray | memoryview) -> None:
         """Queue ``data``, which must not change until it is sent. The driver bounds what waits (``unsent``)."""
@@ -190,8 +210,9 @@ class YamuxCore:
         increase = stream.consumed
         quick = self.round_trip_s is not None and now - stream.updated_at < 4 * self.round_trip_s
         if quick and stream.window_size < self.settings.max_window_bytes:
-            increase += stream.window_size
-            stream.window_size *= 2
+            growth = min(stream.window_size, self.settings.max_window_bytes - stream.window_size)
+            increase += growth
+            stream.window_size += growth
         stream.consumed = 0
         stream.updated_at = now
         stream.receive_window += increase
@@ -251,14 +272,19 @@ class YamuxCore:
             count += len(part)
         stream.send_window -= count
         stream.outgoing_bytes -= count
-        fin = stream.ending and not stream.outgoing
-        out.append(Header(Type.DATA, Flags.FIN if fin else Flags.NONE, stream_id, count).encode())
-        out += parts
-        if fin:
+        size = 0
+        if count:
+            out.append(Header(Type.DATA, Flags.NONE, stream_id, count).encode())
+            out += parts
+            size += HEADER_BYTES + count
+        if stream.ending and not stream.outgoing:
+            # A frame of its own, as go-yamux does: js-libp2p throws away the body of a frame that carries FIN.
+            out.append(Header(Type.WINDOW_UPDATE, Flags.FIN, stream_id, 0).encode())
+            size += HEADER_BYTES
             stream.ending = False
             self._half_close(stream_id, stream, State.LOCAL_ENDED)
         self._schedule(stream_id, stream)
-        return HEADER_BYTES + count
+        return size
 
     # What comes in
 
@@ -306,7 +332,7 @@ class YamuxCore:
 
     def _receive_ping(self, header: Header, now: float, events: list[Event]) -> None:
         if header.flags & Flags.SYN:
-            self._queue(Header(Type.PING, Flags.ACK, 0, header.length))
+            self._answer(Header(Type.PING, Flags.ACK, 0, header.length))
         elif self._ping is not None and header.length == self._ping[0]:
             sample = now - self._ping[1]
             self._ping = None
@@ -346,7 +372,7 @@ class YamuxCore:
         if stream_id in self._streams:
             raise RemoteProtocolError(f"the peer opened stream {stream_id} twice")
         if self._going_away or self._counts[True] >= self.settings.max_inbound_streams:
-            self._queue(Header(Type.WINDOW_UPDATE, Flags.RST, stream_id, 0))
+            self._answer(Header(Type.WINDOW_UPDATE, Flags.RST, stream_id, 0))
             return False
         self._add(stream_id, inbound=True, now=now)
         events.append(StreamOpened(stream_id))
@@ -374,6 +400,10 @@ class YamuxCore:
             self._ready.append(stream_id)
 
     def _queue(self, header: Header) -> None:
+        self._control.append(header.encode())
+
+    def _answer(self, header: Header) -> None:
+        """Queue what the peer can ask for as often as it likes."""
         if len(self._control) >= self.settings.max_control_frames:
             raise RemoteProtocolError("the peer asks for answers and does not read them")
-        self._control.append(header.encode())
+        self._queue(header)

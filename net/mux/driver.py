@@ -26,8 +26,9 @@ LINGER_S = 60.0  # for the peer's end of a stream that we closed
 class YamuxStream(trio.abc.HalfCloseableStream):
     """One stream. At most one task sends and one receives at a time.
 
-    Raises (from sending and receiving): ``errors.StreamReset`` when either side reset it,
-    ``errors.ConnectionLost`` when the connection ended under it. An end that the peer meant is ``b""``.
+    Raises (from sending and receiving): ``errors.StreamReset`` when the peer reset it,
+    ``errors.ConnectionLost`` when the connection ended under it, ``trio.ClosedResourceError`` when it was
+    closed or reset here. An end that the peer meant is ``b""``.
 
     Cancellation: of ``send_all``, an unknown part was sent; of ``receive_some``, nothing is lost.
     """
@@ -44,7 +45,7 @@ class YamuxStream(trio.abc.HalfCloseableStream):
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         await trio.lowlevel.checkpoint_if_cancelled()
-        while not self._received:
+        while self._closed or not self._received:
             if self._closed:
                 raise trio.ClosedResourceError("this stream was closed here")
             if self._ended:
@@ -90,6 +91,7 @@ class YamuxStream(trio.abc.HalfCloseableStream):
     def reset(self) -> None:
         """End both directions now; the peer learns that it was no proper end."""
         self._closed = True
+        self._received.clear()
         self.connection._reset(self.stream_id)
         self._wake()
 
@@ -98,6 +100,9 @@ class YamuxStream(trio.abc.HalfCloseableStream):
         if not self._closed:
             self._closed = True
             self.connection._close(self.stream_id)
+            # What we never read must not stop the peer half-way through what it sends.
+            self.connection._consumed(self.stream_id, sum(map(len, self._received)))
+            self._received.clear()
             self._wake()
         await trio.lowlevel.checkpoint()
 
@@ -127,6 +132,7 @@ class YamuxConnection:
         self._core = yamux.YamuxCore(client=client, now=trio.current_time(), settings=settings)
         self._streams: dict[int, YamuxStream] = {}
         self._closed_here: dict[int, float] = {}  # streams whose peer has not ended yet, until when it may
+        self._serving = 0
         self._sending = False
         self._wake_writer = trio.Event()
         self._failure: errors.NetError | None = None
@@ -143,7 +149,8 @@ class YamuxConnection:
 
     @property
     def is_closed(self) -> bool:
-        return self._closing or self._failure is not None
+        """Whether it takes no new streams: closed, or about to be."""
+        return self._closing or self._failure is not None or not self._core.takes_streams
 
     async def run(
         self,
@@ -262,16 +269,20 @@ class YamuxConnection:
     ) -> None:
         match event:
             case yamux.StreamOpened(stream_id):
+                # A stream that its peer has reset is not open any more, but its handler may still be at work.
+                if self._serving >= self._core.settings.max_inbound_streams:
+                    self._core.refuse(stream_id)
+                    return
                 stream = self._streams[stream_id] = YamuxStream(self, stream_id)
                 self._core.accept(stream_id)
-                nursery.start_soon(on_stream, stream)
+                self._serving += 1
+                nursery.start_soon(self._serve, on_stream, stream)
             case yamux.DataReceived(stream_id, data):
                 if (receiver := self._streams.get(stream_id)) is not None:
                     receiver._feed(data)
                 else:
                     self._core.consumed(stream_id, len(data), trio.current_time())
             case yamux.StreamEnded(stream_id):
-                self._closed_here.pop(stream_id, None)
                 if (ended := self._streams.get(stream_id)) is not None:
                     ended._end()
                     self._forget_ended(stream_id)
@@ -283,6 +294,12 @@ class YamuxConnection:
                 self._wake_writer.set()
             case yamux.PingAnswered() | yamux.PeerGoesAway():
                 pass
+
+    async def _serve(self, on_stream: Callable[[YamuxStream], Awaitable[None]], stream: YamuxStream) -> None:
+        try:
+            await on_stream(stream)
+        finally:
+            self._serving -= 1
 
     def _fail(self, error: errors.NetError) -> None:
         if self._failure is None:

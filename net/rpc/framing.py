@@ -52,8 +52,11 @@ def encode(message: Message) -> list[bytes | bytearray | memoryview]:
     """The message as pieces to be sent one after another; tensor data is not copied.
 
     Raises:
-        LocalProtocolError: it is larger than a frame may be, or a tensor's data does not fit its shape.
+        LocalProtocolError: it is larger than a frame may be, has too many tensors, or a tensor's data does not
+            fit its shape.
     """
+    if len(message.tensors) > MAX_TENSORS:
+        raise LocalProtocolError(f"{len(message.tensors)} tensors in a message: at most {MAX_TENSORS} are sent")
     fields = dict(message.header)
     if message.tensors:
         fields["t"] = [[tensor.dtype, list(tensor.shape)] for tensor in message.tensors]
@@ -107,17 +110,18 @@ def _parse(frame: memoryview) -> Message:
     if body_start > len(frame):
         raise RemoteProtocolError("a message whose header is longer than itself")
     fields = packing.unpack(frame[_HEADER_LENGTH.size : body_start])
+    specs = fields.pop("t", [])
+    if not isinstance(specs, list) or len(specs) > MAX_TENSORS:
+        raise RemoteProtocolError(f"tensors that are no list of at most {MAX_TENSORS}")
     tensors = []
     position = body_start
-    for spec in fields.pop("t", ()):
+    for spec in specs:
         dtype, shape = _parse_spec(spec)
         end = position + ITEM_BYTES[dtype] * math.prod(shape)
         if end > len(frame):
             raise RemoteProtocolError("a tensor that reaches beyond its message")
         tensors.append(Tensor(dtype=dtype, shape=shape, data=frame[position:end]))
         position = end
-        if len(tensors) > MAX_TENSORS:
-            raise RemoteProtocolError(f"more than {MAX_TENSORS} tensors in a message")
     if position != len(frame):
         raise RemoteProtocolError(f"{len(frame) - position} bytes behind a message's tensors")
     return Message(header=fields, tensors=tensors)

@@ -24,7 +24,10 @@ logger = logging.getLogger(__name__)
 
 MIN_BYTES_PER_S = 1024  # once a message has begun: slower senders are cut off
 FIRST_BYTES_S = 5.0
+MAX_REASON_CHARACTERS = 500
+MAX_RETRY_AFTER_S = 3600.0
 
+Pieces = list[bytes | bytearray | memoryview]
 Method = Callable[[Message], Awaitable[Message]]
 
 
@@ -37,6 +40,11 @@ class Lane:
         self._messages = _MessageStream(stream)
         self._lock = trio.Lock()
         self._broken: errors.NetError | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call is under way."""
+        return self._lock.locked()
 
     async def call(self, method: str, message: Message | Mapping[str, Any], *, timeout_s: float) -> Message:
         """Send a call, wait for its answer.
@@ -55,8 +63,9 @@ class Lane:
             self._broken = errors.ConnectionLost("a call was broken off")
             answer: Message | None = None
             try:
+                pieces = encode(request)
                 with trio.fail_after(timeout_s):
-                    await self._messages.send(request)
+                    await self._messages.send(pieces)
                     answer = await self._messages.receive()
             except trio.TooSlowError as error:
                 self._broken = errors.ConnectionLost(f"no answer in {timeout_s:g} s")
@@ -76,9 +85,13 @@ class Lane:
                     self._stream.reset()
         if answer is None:
             raise errors.PeerFailed(self.peer_id, f"ended the lane instead of answering {method!r}")
-        if "e" in answer.header:
-            raise _read_error(answer.header)
-        return answer
+        if "e" not in answer.header:
+            return answer
+        try:
+            refusal = _read_error(answer.header)
+        except errors.RemoteProtocolError as error:
+            raise errors.PeerFailed(self.peer_id, f"refused {method!r} without a readable reason: {error}") from error
+        raise refusal
 
     async def aclose(self) -> None:
         await self._stream.aclose()
@@ -97,10 +110,12 @@ async def serve(stream: YamuxStream, peer_id: PeerId, methods: Mapping[str, Meth
     """Answer calls on a stream until its end, or until ``idle_s`` pass without one.
 
     A method refuses by raising RpcError. RemoteProtocolError in a method means that the call's fields made
-    no sense; it is answered as ``bad-input``. Anything else is a bug of ours: answered as ``internal``, logged.
+    no sense; it is answered as ``bad-input``. Anything else, an answer that cannot be sent among it, is a bug of
+    ours: answered as ``internal``, logged.
 
     Raises:
-        RemoteProtocolError, StreamReset, ConnectionLost: the stream is broken.
+        RemoteProtocolError: no messages come, or they come or our answers are read too slowly.
+        StreamReset, ConnectionLost: the stream is broken.
     """
     messages = _MessageStream(stream)
     while True:
@@ -108,16 +123,21 @@ async def serve(stream: YamuxStream, peer_id: PeerId, methods: Mapping[str, Meth
             request = await messages.receive()
         if scope.cancelled_caught or request is None:
             return
-        await messages.send(await _answer(request, peer_id, methods))
+        pieces = await _answer(request, peer_id, methods)
+        size = sum(memoryview(piece).nbytes for piece in pieces)
+        with trio.move_on_after(FIRST_BYTES_S + size / MIN_BYTES_PER_S) as scope:
+            await messages.send(pieces)
+        if scope.cancelled_caught:
+            raise errors.RemoteProtocolError(f"an answer that was read slower than {MIN_BYTES_PER_S} bytes/s")
 
 
-async def _answer(request: Message, peer_id: PeerId, methods: Mapping[str, Method]) -> Message:
+async def _answer(request: Message, peer_id: PeerId, methods: Mapping[str, Method]) -> Pieces:
     name = request.header.get("m")
     method = methods.get(name) if isinstance(name, str) else None
     try:
         if method is None:
             raise errors.RpcError("unknown-method", f"no method {str(name)[:64]!r} here")
-        return await method(request)
+        return encode(await method(request))
     except errors.RpcError as error:
         return _error(error)
     except errors.RemoteProtocolError as error:
@@ -127,19 +147,19 @@ async def _answer(request: Message, peer_id: PeerId, methods: Mapping[str, Metho
         return _error(errors.RpcError("internal", "the node failed at this call; its log says why"))
 
 
-def _error(error: errors.RpcError) -> Message:
-    fields: dict[str, Any] = {"e": error.code, "why": error.message}
+def _error(error: errors.RpcError) -> Pieces:
+    fields: dict[str, Any] = {"e": error.code, "why": error.message[:MAX_REASON_CHARACTERS]}
     if error.retry_after_s is not None:
         fields["retry_after_s"] = error.retry_after_s
-    return Message(header=fields)
+    return encode(Message(header=fields))
 
 
 def _read_error(fields: Mapping[str, Any]) -> errors.RpcError:
     code = packing.field(fields, "e", str, max_length=64)
     why = fields.get("why")
-    retry = fields.get("retry_after_s")
-    text = "".join(c for c in str(why)[:500] if c.isprintable())
-    return errors.RpcError(code, text, float(retry) if isinstance(retry, int | float) else None)
+    retry = packing.number(fields, "retry_after_s", 0.0, MAX_RETRY_AFTER_S) if "retry_after_s" in fields else None
+    text = "".join(c for c in str(why)[:MAX_REASON_CHARACTERS] if c.isprintable())
+    return errors.RpcError(code, text, retry)
 
 
 class _MessageStream:
@@ -150,8 +170,8 @@ class _MessageStream:
         self._decoder = Decoder()
         self._ready: list[Message] = []
 
-    async def send(self, message: Message) -> None:
-        for piece in encode(message):
+    async def send(self, pieces: Pieces) -> None:
+        for piece in pieces:
             await self._stream.send_all(piece)
 
     async def receive(self) -> Message | None:

@@ -71,10 +71,10 @@ class TlsSecurity:
             raise RemoteProtocolError("TLS handshake failed") from error
         except trio.BrokenResourceError as error:
             raise ConnectionLost("the connection broke during the TLS handshake") from error
-        certificate = connection.get_peer_certificate(as_cryptography=True)
-        if certificate is None:
-            raise RemoteProtocolError("the peer showed no TLS certificate")
         try:
+            certificate = connection.get_peer_certificate(as_cryptography=True)
+            if certificate is None:
+                raise ValueError("there is none")
             channel.remote_peer = PeerId.from_pubkey(verify_certificate_chain([certificate]))
         except Exception as error:  # the library raises ValueError and whatever the parsers below it raise
             raise RemoteProtocolError(f"the peer's TLS certificate is not libp2p's: {error}") from error

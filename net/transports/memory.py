@@ -1,4 +1,7 @@
-"""In-process connections, ``/memory/N``: for tests and simulation, under real or virtual time."""
+"""In-process connections, ``/memory/N``: for tests and simulation, under real or virtual time.
+
+They behave as TCP's do: a sender waits when nobody reads, and whoever vanishes seems to have closed.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import itertools
 from collections.abc import Sequence
 
 import trio
-import trio.testing
 
 from net.addresses import Multiaddr
 from net.errors import AddressError, DialError
+from net.io import SingleUse
 from net.transports.base import Accept, RawConnection
+
+PIPE_BYTES = 256 * 1024  # on their way in one direction, about what a kernel's socket holds
 
 
 class MemoryNetwork:
@@ -38,7 +43,8 @@ class MemoryTransport:
         await trio.lowlevel.checkpoint()
         if listener is None:
             raise DialError(f"{address}: nobody listens there")
-        ours, theirs = trio.testing.memory_stream_pair()
+        up, down = _Pipe(), _Pipe()
+        ours, theirs = MemoryStream(down, up), MemoryStream(up, down)
         local = Multiaddr(f"/memory/{next(self._network._dialers)}")
         try:
             listener.send_nowait(RawConnection(stream=theirs, local=address, remote=local))
@@ -69,6 +75,84 @@ class MemoryTransport:
                     nursery.start_soon(accept, raw)
         finally:
             del self._network._listeners[port]
+
+
+class _Pipe:
+    """One direction of a connection. ``changed`` wakes both of its ends."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.sender_left = False
+        self.receiver_left = False
+        self.changed = trio.lowlevel.ParkingLot()
+
+
+class MemoryStream(trio.abc.Stream):
+    """One end of a connection.
+
+    Cancellation: of ``send_all``, an unknown part was sent; of ``receive_some``, nothing is lost.
+    """
+
+    def __init__(self, incoming: _Pipe, outgoing: _Pipe) -> None:
+        self._incoming = incoming
+        self._outgoing = outgoing
+        self._sending = SingleUse("sending on this stream")
+        self._receiving = SingleUse("receiving from this stream")
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        pipe = self._outgoing
+        with self._sending:
+            await trio.lowlevel.checkpoint()
+            view = memoryview(data).cast("B")
+            while True:
+                if pipe.sender_left:
+                    raise trio.ClosedResourceError("this stream was closed here")
+                if pipe.receiver_left:
+                    raise trio.BrokenResourceError("the other end was closed")
+                room = PIPE_BYTES - len(pipe.data)
+                if view and room > 0:
+                    pipe.data += view[:room]
+                    view = view[room:]
+                    pipe.changed.unpark_all()
+                elif view:
+                    await pipe.changed.park()
+                else:
+                    return
+
+    async def wait_send_all_might_not_block(self) -> None:
+        pipe = self._outgoing
+        with self._sending:
+            await trio.lowlevel.checkpoint()
+            while not (pipe.receiver_left or pipe.sender_left) and len(pipe.data) >= PIPE_BYTES:
+                await pipe.changed.park()
+            if pipe.sender_left:
+                raise trio.ClosedResourceError("this stream was closed here")
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        if max_bytes is not None and max_bytes < 1:
+            raise ValueError("max_bytes must be at least 1")
+        pipe = self._incoming
+        with self._receiving:
+            await trio.lowlevel.checkpoint()
+            while True:
+                if pipe.receiver_left:
+                    raise trio.ClosedResourceError("this stream was closed here")
+                if pipe.data:
+                    part = bytes(pipe.data[:max_bytes])
+                    del pipe.data[: len(part)]
+                    pipe.changed.unpark_all()
+                    return part
+                if pipe.sender_left:
+                    return b""
+                await pipe.changed.park()
+
+    async def aclose(self) -> None:
+        self._outgoing.sender_left = True
+        self._incoming.receiver_left = True
+        self._incoming.data.clear()
+        self._outgoing.changed.unpark_all()
+        self._incoming.changed.unpark_all()
+        await trio.lowlevel.checkpoint()
 
 
 def _port(address: Multiaddr) -> int | None:

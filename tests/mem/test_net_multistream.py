@@ -1,0 +1,127 @@
+"""Agreeing on a protocol, with peers that do not play by the rules."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+import trio.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trio.testing import MockClock
+
+from net import errors, multistream
+from net.multistream import HEADER, MAX_MESSAGE_BYTES, MAX_PROPOSALS
+from net.ping import ping_once
+from tests.net_helpers import memory_hosts, receive_all
+
+
+def message(text: bytes) -> bytes:
+    data = text + b"\n"
+    return (bytes([len(data)]) if len(data) < 128 else bytes([len(data) & 127 | 128, len(data) >> 7])) + data
+
+
+GREETING = message(HEADER.encode())
+
+BROKEN = {
+    "not UTF-8": b"\x05\xff\xfe\xfd\xfc\n",
+    "no newline": b"\x03abc",
+    "empty": b"\0",
+    "too long": bytes([(MAX_MESSAGE_BYTES + 1) & 127 | 128, (MAX_MESSAGE_BYTES + 1) >> 7]),
+    "length without end": b"\xff" * 10,
+    "another protocol": message(b"/multistream/2.0.0"),
+    "http": b"GET / HTTP/1.1\r\n\r\n",
+}
+
+
+async def agree(proposals: list[str], spoken: set[str]) -> tuple[str, str]:
+    near, far = trio.testing.memory_stream_pair()
+    answered: list[str] = []
+
+    async with trio.open_nursery() as nursery:
+
+        async def answer() -> None:
+            answered.append(await multistream.answer(far, spoken))
+
+        nursery.start_soon(answer)
+        proposed = await multistream.propose(near, proposals)
+    return proposed, answered[0]
+
+
+async def test_the_first_proposal_that_both_speak_is_taken() -> None:
+    assert await agree(["/a"], {"/a", "/b"}) == ("/a", "/a")
+    assert await agree(["/x", "/y", "/b", "/a"], {"/a", "/b"}) == ("/b", "/b")
+    long = "/" + "x" * 500
+    assert await agree([long], {long}) == (long, long)
+
+
+async def test_no_common_protocol_says_so() -> None:
+    near, far = trio.testing.memory_stream_pair()
+    async with trio.open_nursery() as nursery:
+
+        async def answer() -> None:
+            with pytest.raises(errors.ConnectionLost):
+                await multistream.answer(far, {"/a"})
+
+        nursery.start_soon(answer)
+        with pytest.raises(errors.ProtocolNotSupported, match="none of /x, /y"):
+            await multistream.propose(near, ["/x", "/y"])
+        await near.aclose()
+
+
+async def test_the_listener_answers_na_as_often_as_its_patience_lasts() -> None:
+    near, far = trio.testing.memory_stream_pair()
+    await near.send_all(GREETING + message(b"/nope") * MAX_PROPOSALS + message(b"/a"))
+    with pytest.raises(errors.ProtocolNotSupported, match=str(MAX_PROPOSALS)):
+        await multistream.answer(far, {"/a"})
+    await far.send_eof()
+    assert await receive_all(near) == GREETING + message(b"na") * MAX_PROPOSALS
+
+
+@pytest.mark.parametrize("wire", BROKEN.values(), ids=list(BROKEN))
+@pytest.mark.parametrize("greeted", [False, True])
+async def test_broken_messages_are_the_peers_fault(wire: bytes, greeted: bool) -> None:
+    for listening in (True, False):
+        if listening and greeted and wire == BROKEN["another protocol"]:
+            continue  # a proposal like others: na
+        near, far = trio.testing.memory_stream_pair()
+        await near.send_all((GREETING if greeted else b"") + wire)
+        await near.send_eof()
+        with pytest.raises(errors.RemoteProtocolError):
+            await (multistream.answer(far, {"/a"}) if listening else multistream.propose(far, ["/a"]))
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=300), st.booleans(), st.booleans())
+def test_any_bytes_end_in_one_of_our_errors(wire: bytes, greeted: bool, listening: bool) -> None:
+    async def main() -> None:
+        near, far = trio.testing.memory_stream_pair()
+        await near.send_all((GREETING if greeted else b"") + wire)
+        await near.send_eof()
+        with pytest.raises((errors.RemoteProtocolError, errors.ConnectionLost, errors.ProtocolNotSupported)):
+            await (multistream.answer(far, {"/never"}) if listening else multistream.propose(far, ["/never"]))
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("wire", BROKEN.values(), ids=list(BROKEN))
+async def test_a_broken_stream_costs_itself_alone(wire: bytes, autojump_clock: MockClock) -> None:
+    async with memory_hosts(2) as (one, two):
+        connection = await one.connect(two.peer_id, two.addresses)
+        stream = connection.mux.open_stream()
+        await stream.send_all(wire)
+        await stream.send_eof()
+        with pytest.raises(errors.StreamReset):
+            await receive_all(stream)
+        assert await ping_once(one, two.peer_id) >= 0
+        assert one.swarm.connection(two.peer_id) is connection
+
+
+async def test_a_stream_that_agrees_on_nothing_is_reset_in_time(autojump_clock: MockClock) -> None:
+    async with memory_hosts(2) as (one, two):
+        connection = await one.connect(two.peer_id, two.addresses)
+        stream = connection.mux.open_stream()
+        await stream.send_all(GREETING[:5])
+        began = trio.current_time()
+        with pytest.raises(errors.StreamReset):
+            await receive_all(stream)
+        assert trio.current_time() - began == pytest.approx(two.limits.negotiate_s, abs=0.1)

@@ -1,0 +1,594 @@
+"""Sessions: what they keep, what they refuse, and what they survive."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trio
+
+import client.session
+import compute.node
+from client.errors import ClientError, InvalidInput, MissingBlocks, SessionFailed, UnknownModel
+from client.models.cache import SessionCache
+from compute.engine import Engine, EngineSettings
+from net.errors import RpcError
+from net.identity import Identity
+from net.protocol import session as wire
+from net.rpc import lane
+from net.rpc.framing import MAX_FRAME_BYTES, MAX_HEADER_BYTES, Message, Tensor
+from tests.checkpoints import make_checkpoint
+from tests.mem.conftest import Reference
+from tests.mem.swarms import RunningNode, TestSwarm, blocking, generate, swarm_of, until
+
+PROMPT = torch.tensor([[40, 41, 90, 17, 200, 33, 12]])
+OTHER = torch.tensor([[7, 77, 177, 277, 5]])
+TWO = [(0, 2), (2, 5)]
+
+
+def greedy(model: Any, ids: torch.Tensor, new: int, **options: Any) -> list[list[int]]:
+    return generate(model, ids, max_new_tokens=new, do_sample=False, **options)
+
+
+# What is kept
+
+
+async def test_a_session_keeps_its_tokens_between_calls(odd: Reference) -> None:
+    async with swarm_of(odd.folder, TWO) as swarm:
+        model = await swarm.model(odd.folder)
+        expected = greedy(odd.model, PROMPT, 15)
+
+        def in_three_calls() -> list[list[int]]:
+            with model.session() as session:
+                ids = PROMPT
+                for new in (5, 4, 6):
+                    ids = torch.tensor(greedy(model, ids, new, session=session))
+                    assert session.position == ids.shape[1] - 1
+                rows: list[list[int]] = ids.tolist()
+                return rows
+
+        assert await blocking(in_three_calls) == expected
+        computed = [node.node.stats[1] for node in swarm.nodes]
+        assert computed == [PROMPT.shape[1] + 15 - 1] * 2  # no token was computed twice
+
+
+async def test_a_session_goes_back(odd: Reference) -> None:
+    async with swarm_of(odd.folder, TWO) as swarm:
+        model = await swarm.model(odd.folder)
+
+        def back_and_again() -> None:
+            with model.session() as session:
+                first = greedy(model, PROMPT, 6, session=session)
+                session.position = 4
+                assert session.position == 4
+                assert greedy(model, PROMPT, 6, session=session) == first
+                changed = PROMPT.clone()
+                changed[0, 4:] = torch.tensor([3, 2, 1])
+                session.position = 4
+                assert greedy(model, changed, 6, session=session) == greedy(odd.model, changed, 6)
+                session.crop(-3)
+                assert session.position == PROMPT.shape[1] + 6 - 1 - 3
+                assert greedy(model, PROMPT[:, :5], 3, session=session) == greedy(odd.model, PROMPT[:, :5], 3)
+                with pytest.raises(InvalidInput, match="cannot go back to 99"):
+                    session.position = 99
+                with pytest.raises(InvalidInput, match="cannot go back to -1"):
+                    session.position = -1
+
+        await blocking(back_and_again)
+
+
+async def test_two_sessions_do_not_disturb_each_other(odd: Reference) -> None:
+    async with swarm_of(odd.folder, TWO) as swarm:
+        model = await swarm.model(odd.folder)
+
+        def interleaved() -> None:
+            with model.session() as one, model.session() as two:
+                a, b = PROMPT, OTHER
+                for _ in range(4):
+                    a = torch.tensor(greedy(model, a, 2, session=one))
+                    b = torch.tensor(greedy(model, b, 3, session=two))
+                assert a.tolist() == greedy(odd.model, PROMPT, 8)
+                assert b.tolist() == greedy(odd.model, OTHER, 12)
+
+        await blocking(interleaved)
+
+
+async def test_clients_at_once(odd: Reference) -> None:
+    async with swarm_of(odd.folder, TWO) as swarm:
+        model = await swarm.model(odd.folder)
+        prompts = [PROMPT + n for n in range(6)]
+        results: dict[int, list[list[int]]] = {}
+
+        async def one(n: int) -> None:
+            results[n] = await blocking(lambda: greedy(model, prompts[n], 10))
+
+        async with trio.open_nursery() as nursery:
+            for n in range(6):
+                nursery.start_soon(one, n)
+        assert results == {n: greedy(odd.model, prompts[n], 10) for n in range(6)}
+        await until(lambda: all(node.sessions == 0 for node in swarm.nodes))
+
+
+async def test_a_long_prompt_travels_in_several_messages(odd: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.arange(4, 104)[None]
+    bytes_per_token = 48 * 4
+    monkeypatch.setattr(client.session, "MAX_FRAME_BYTES", MAX_HEADER_BYTES + 30 * bytes_per_token)
+    async with swarm_of(odd.folder, TWO) as swarm:
+        assert await swarm.generate(odd.folder, ids, max_new_tokens=5, do_sample=False) == greedy(odd.model, ids, 5)
+        assert [node.node.engine.stats.steps for node in swarm.nodes] == [4 + 4, 4 + 4]  # 30 + 30 + 30 + 10, then 4
+
+
+async def test_a_step_that_fills_a_message_to_the_brim(tmp_path: Path) -> None:
+    """As many tokens as ``_piece_tokens`` allows, and one more, at the real limit of a frame."""
+    folder = make_checkpoint(tmp_path / "wide", layers=1, heads=2, hidden=512, tokenizer=False)
+    most = (MAX_FRAME_BYTES - MAX_HEADER_BYTES) // (512 * 4)
+    async with swarm_of() as swarm:
+        node = await swarm.add_node(folder, (0, 1), engine=EngineSettings(threads=1, max_length_tokens=4096))
+        session = await swarm.client.session((await swarm.client.models())[0])
+        result = await session.step(torch.zeros(1, most + 1, 512))
+        assert result.shape == (1, most + 1, 512)
+        assert node.node.engine.stats.steps == 2
+        await session.aclose()
+
+
+async def test_close_frees_the_nodes(odd: Reference) -> None:
+    async with swarm_of(odd.folder, TWO) as swarm:
+        model = await swarm.model(odd.folder)
+        session: SessionCache = await blocking(model.session)
+        assert [node.sessions for node in swarm.nodes] == [0, 0]  # opened at the first step
+        await blocking(lambda: greedy(model, PROMPT, 4, session=session))
+        assert [node.sessions for node in swarm.nodes] == [1, 1]
+        assert all(node.cached_tokens > 0 for node in swarm.nodes)
+        assert [hop[1:] for hop in session.route] == TWO
+        await blocking(session.close)
+        await until(lambda: all(node.sessions == 0 and node.cached_tokens == 0 for node in swarm.nodes))
+
+
+async def test_a_client_that_goes_frees_the_nodes(odd: Reference) -> None:
+    async with swarm_of(odd.folder, TWO) as swarm:
+        model = await swarm.model(odd.folder)
+        session = await blocking(model.session)
+        await blocking(lambda: greedy(model, PROMPT, 4, session=session))
+        for connection in swarm.client.host.swarm.connections:
+            connection.mux.close()
+        await until(lambda: all(node.sessions == 0 and node.cached_tokens == 0 for node in swarm.nodes))
+
+
+async def test_room_may_be_reserved(odd: Reference) -> None:
+    async with swarm_of(odd.folder, TWO) as swarm:
+        model = await swarm.model(odd.folder)
+
+        def with_room_for_twelve() -> None:
+            with model.session(max_length=12) as session:
+                assert session.prepare(1) == 12
+                greedy(model, PROMPT, 5, session=session)
+                with pytest.raises(InvalidInput, match="allow 13"):
+                    greedy(model, PROMPT, 7, session=session)
+
+        await blocking(with_room_for_twelve)
+
+
+# What is refused
+
+
+async def test_inputs_that_cannot_be_computed(odd: Reference) -> None:
+    async with swarm_of(odd.folder, TWO) as swarm:
+        model = await swarm.model(odd.folder)
+        padded = torch.ones_like(ROWS)
+        padded[1, 0] = 0
+        refusals: list[tuple[str, Callable[[], Any]]] = [
+            ("prompt is empty", lambda: greedy(model, torch.zeros(1, 0, dtype=torch.long), 3)),
+            ("prompt is empty", lambda: model.generate(max_new_tokens=3)),
+            ("prompt is empty", lambda: model.generate(torch.tensor([1, 2, 3]), max_new_tokens=3)),
+            ("equal length", lambda: greedy(model, ROWS, 3, attention_mask=padded)),
+            ("beam", lambda: greedy(model, PROMPT, 3, num_beams=2)),
+            ("0 to 319", lambda: greedy(model, PROMPT + 300, 3)),
+            ("0 to 319", lambda: greedy(model, PROMPT - 100, 3)),
+            ("at least one token", lambda: model(torch.zeros(1, 0, dtype=torch.long))),
+            ("at least one token", lambda: model(None)),
+            ("the nodes on the chain allow 2049", lambda: greedy(model, PROMPT, 2048)),
+            ("the nodes on the chain allow 2049", lambda: greedy(model, PROMPT.repeat(1, 400), 1)),
+            ("2100 tokens are more than the 2048", lambda: model(torch.ones(1, 2100, dtype=torch.long))),
+            ("expected 1 to 32", lambda: greedy(model, PROMPT.repeat(33, 1), 3)),
+            ("at most|256", lambda: greedy(model, PROMPT.repeat(300, 1), 3)),
+        ]
+        for message, call in refusals:
+            with pytest.raises(InvalidInput, match=message) as caught:
+                await blocking(call)
+            assert "\n" not in str(caught.value), message
+        await until(lambda: all(node.sessions == 0 for node in swarm.nodes))
+        # and the model is still good for what can be computed
+        assert await blocking(lambda: greedy(model, PROMPT, 3)) == greedy(odd.model, PROMPT, 3)
+
+
+ROWS = torch.tensor([[40, 41, 90, 17], [9, 8, 7, 6]])
+
+
+async def test_a_refused_call_leaves_the_session_usable(odd: Reference) -> None:
+    async with swarm_of(odd.folder, TWO) as swarm:
+        model = await swarm.model(odd.folder)
+
+        def refused_then_used() -> None:
+            with model.session() as session:
+                with pytest.raises(InvalidInput, match="expected 1 to 32"):
+                    greedy(model, PROMPT.repeat(33, 1), 3, session=session)
+                first = greedy(model, PROMPT, 3, session=session)
+                assert first == greedy(odd.model, PROMPT, 3)
+                with pytest.raises(InvalidInput, match="1 rows, not 2"):
+                    greedy(model, PROMPT.repeat(2, 1), 3, session=session)
+                with pytest.raises(InvalidInput, match="0 to 319"):
+                    greedy(model, torch.cat([torch.tensor(first), torch.tensor([[999]])], 1), 3, session=session)
+                assert greedy(model, torch.tensor(first), 3, session=session) == greedy(odd.model, PROMPT, 6)
+
+        await blocking(refused_then_used)
+
+
+async def test_a_model_nobody_serves(odd: Reference, tmp_path: Path) -> None:
+    other = make_checkpoint(tmp_path / "other-bloom", layers=4)
+    same_name = make_checkpoint(tmp_path / odd.folder.name, layers=3)
+    async with swarm_of() as swarm:
+        with pytest.raises(UnknownModel, match="serves no model at all"):
+            await swarm.client.model("bloom-tiny")
+        await swarm.add_node(odd.folder, (0, 5))
+        for name in ("bloom-tiny", "no-such", "../no-such", "/no/such", str(other)):
+            with pytest.raises(UnknownModel, match=f"nobody serves .*served are: {odd.folder.name}"):
+                await swarm.client.model(name)
+        with pytest.raises(UnknownModel, match=r"not on this machine.*name the folder"):
+            await swarm.client.model(odd.folder.name)
+        with pytest.raises(UnknownModel, match="different models"):
+            await swarm.client.model(str(same_name))
+
+
+async def test_blocks_that_nobody_serves(odd: Reference) -> None:
+    async with swarm_of(odd.folder, [(0, 1), (2, 4)]) as swarm:
+        [served] = await swarm.client.models()
+        assert (served.n_blocks, served.missing) == (5, [(1, 2), (4, 5)])
+        assert [len(peers) for peers in served.placement] == [1, 0, 1, 1, 0]
+        with pytest.raises(MissingBlocks, match=r"blocks 1:2, 4:5 of odd-bloom.*raceme serve") as caught:
+            await swarm.generate(odd.folder, PROMPT, max_new_tokens=3)
+        assert caught.value.missing == [(1, 2), (4, 5)]
+        for span in ((1, 2), (4, 5)):
+            await swarm.add_node(odd.folder, span)
+        assert await swarm.generate(odd.folder, PROMPT, max_new_tokens=3, do_sample=False) == greedy(
+            odd.model, PROMPT, 3
+        )
+
+
+async def test_a_model_that_is_no_longer_served(odd: Reference) -> None:
+    async with swarm_of(odd.folder, [(0, 5)]) as swarm:
+        model = await swarm.model(odd.folder)
+        await swarm.nodes[0].leave()
+        with pytest.raises(UnknownModel, match="nobody serves odd-bloom any more"):
+            await blocking(lambda: greedy(model, PROMPT, 3))
+        assert await swarm.client.models() == []
+
+
+async def test_announcements_that_lie_about_the_number_of_blocks(odd: Reference) -> None:
+    """A digest belongs to one number of blocks: a node that says another serves nothing that we know."""
+    async with swarm_of(odd.folder, TWO) as swarm:
+        for blocks, end in ((1, 1), (8, 8)):
+            liar = await swarm.add_node(odd.folder, (0, 1))
+            liar.node.announcement = dataclasses.replace(liar.offer, blocks=blocks, end=end)
+            await liar.node._announce()
+        assert await swarm.generate(odd.folder, PROMPT, max_new_tokens=6, do_sample=False) == greedy(
+            odd.model, PROMPT, 6
+        )
+
+
+async def test_a_caller_in_the_event_loop_is_told_what_to_do(odd: Reference) -> None:
+    async with swarm_of(odd.folder, TWO) as swarm:
+        model = await swarm.model(odd.folder)
+        with pytest.raises(ClientError, match=r"inside trio, use .*trio\.to_thread\.run_sync"):
+            greedy(model, PROMPT, 3)
+
+
+# What is survived
+
+
+class StopsAfter(torch.nn.Module):
+    """A streamer (by its methods) that calls a function when it has seen some tokens."""
+
+    def __init__(self, tokens: int, then: Callable[[], None]) -> None:
+        super().__init__()
+        self._left = tokens + 1  # the prompt is the first thing that is put
+        self._then = then
+
+    def put(self, value: torch.Tensor) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self._then()
+
+    def end(self) -> None:
+        """Nothing to do."""
+
+
+async def broken_off(swarm: TestSwarm, folder: Path, then: Callable[[], Awaitable[None]], ids: Any = PROMPT) -> Any:
+    """Generate 12 tokens; ``then`` is awaited between the fifth and the sixth."""
+    model = await swarm.model(folder)
+    streamer = StopsAfter(5, lambda: trio.from_thread.run(then))
+    return await blocking(lambda: greedy(model, ids, 12, streamer=streamer))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+async def test_a_node_that_dies_is_replaced(odd: Reference, victim: int) -> None:
+    async with swarm_of(odd.folder, TWO) as swarm:
+        chosen = swarm.nodes[victim]
+
+        async def replace() -> None:
+            await swarm.add_node(odd.folder, TWO[victim])
+            await chosen.die()
+
+        assert await broken_off(swarm, odd.folder, replace) == greedy(odd.model, PROMPT, 12)
+
+
+async def test_sampling_goes_on_as_if_nothing_had_happened(odd: Reference) -> None:
+    async with swarm_of(odd.folder, TWO) as swarm:
+        model = await swarm.model(odd.folder)
+
+        async def replace() -> None:
+            await swarm.add_node(odd.folder, (0, 5))
+            await swarm.nodes[0].die()
+            await swarm.nodes[1].die()
+
+        streamer_of = {"new": StopsAfter(5, lambda: trio.from_thread.run(replace))}
+        options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": True, "temperature": 1.2, "seed": 11}
+        ours = await blocking(lambda: generate(model, PROMPT, streamer=streamer_of["new"], **options))
+        assert ours == generate(odd.model, PROMPT, **options)
+
+
+async def test_a_node_that_leaves_is_replaced(odd: Reference) -> None:
+    async with swarm_of(odd.folder, TWO) as swarm:
+
+        async def replace() -> None:
+            await swarm.add_node(odd.folder, (1, 5))
+            await swarm.nodes[1].leave()
+
+        assert await broken_off(swarm, odd.folder, replace) == greedy(odd.model, PROMPT, 12)
+
+
+async def test_a_dead_node_that_nobody_replaces(odd: Reference) -> None:
+    async with swarm_of(odd.folder, TWO) as swarm:
+        with (
+            trio.fail_after(10),
+            pytest.raises(
+                MissingBlocks, match=r"blocks 2:5 of odd-bloom are announced, but the nodes that serve them fail"
+            ) as e,
+        ):
+            await broken_off(swarm, odd.folder, swarm.nodes[1].die)
+        assert e.value.missing == [(2, 5)]
+        assert "raceme serve" in str(e.value)
+
+
+async def test_a_session_outlives_a_failure_when_the_node_comes_back(odd: Reference) -> None:
+    identity = Identity.generate(b"\x07" * 32)
+    async with swarm_of(odd.folder, [(0, 2)]) as swarm:
+        node = await swarm.add_node(odd.folder, (2, 5), identity=identity)
+        model = await swarm.model(odd.folder)
+        session = await blocking(model.session)
+        first = torch.tensor(await blocking(lambda: greedy(model, PROMPT, 4, session=session)))
+        await node.die()
+        with pytest.raises(MissingBlocks):
+            await blocking(lambda: greedy(model, first, 4, session=session))
+        await swarm.add_node(odd.folder, (2, 5), identity=identity)
+        assert await blocking(lambda: greedy(model, first, 4, session=session)) == greedy(odd.model, PROMPT, 8)
+        await blocking(session.close)
+
+
+async def test_a_session_that_the_node_dropped_as_idle(odd: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute.node, "SESSION_IDLE_S", 0.3)
+    async with swarm_of(odd.folder, TWO) as swarm:
+        model = await swarm.model(odd.folder)
+        session = await blocking(model.session)
+        first = torch.tensor(await blocking(lambda: greedy(model, PROMPT, 4, session=session)))
+        await until(lambda: all(node.sessions == 0 for node in swarm.nodes))
+        monkeypatch.setattr(compute.node, "SESSION_IDLE_S", 60.0)
+        assert await blocking(lambda: greedy(model, first, 4, session=session)) == greedy(odd.model, PROMPT, 8)
+        await blocking(session.close)
+
+
+def bad_answers() -> dict[str, Callable[[Message], Message]]:
+    def tensor(message: Message, **changes: Any) -> Message:
+        return Message(header={}, tensors=[dataclasses.replace(message.tensors[0], **changes)])
+
+    def values(message: Message, value: float) -> Message:
+        shape = message.tensors[0].shape
+        data = torch.full(shape, value).numpy().tobytes()
+        return tensor(message, data=data)
+
+    def refuse(code: str, retry_after_s: float | None = None) -> Callable[[Message], Message]:
+        def raise_it(_: Message) -> Message:
+            raise RpcError(code, "so there", retry_after_s)
+
+        return raise_it
+
+    return {
+        "nan": lambda m: values(m, math.nan),
+        "infinity": lambda m: values(m, -math.inf),
+        "too-short": lambda m: tensor(m, shape=(1, 0, 48), data=b""),
+        "flat": lambda m: tensor(m, shape=(math.prod(m.tensors[0].shape),)),
+        "no-tensor": lambda _: Message(header={}),
+        "two-tensors": lambda m: Message(header={}, tensors=[m.tensors[0]] * 2),
+        "half": lambda m: tensor(m, dtype="f16", data=bytes(m.tensors[0].n_bytes // 2)),
+        "bytes": lambda m: tensor(m, dtype="u8", data=bytes(math.prod(m.tensors[0].shape))),
+        "stopped": refuse("stopped"),
+        "internal": refuse("internal"),
+        "unknown-code": refuse("never-heard-of"),
+        "bad-output": refuse("bad-output"),
+        "no-session": refuse("no-session"),
+        "retry-before-now": refuse("busy", -1.0),
+        "error-that-is-no-text": lambda _: Message(header={"e": 7}),
+        "error-map": lambda _: Message(header={"e": {"e": "e"}, "why": ["?"]}),
+    }
+
+
+@pytest.mark.parametrize("kind", bad_answers())
+async def test_a_node_that_answers_nonsense_is_replaced(
+    odd: Reference, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_bad = bad_answers()[kind]
+    honest = compute.node._NodeSession.step
+    async with swarm_of(odd.folder, TWO) as swarm:
+        bad = swarm.nodes[1]
+
+        async def step(self: Any, message: Message) -> Message:
+            answer = await honest(self, message)
+            return make_bad(answer) if self._node is bad.node and turned else answer
+
+        turned: list[bool] = []
+        monkeypatch.setattr(compute.node._NodeSession, "step", step)
+
+        async def turn() -> None:
+            turned.append(True)
+            await swarm.add_node(odd.folder, (2, 5))
+
+        with trio.fail_after(8):
+            assert await broken_off(swarm, odd.folder, turn) == greedy(odd.model, PROMPT, 12)
+
+
+async def test_a_node_that_does_not_answer_is_replaced(odd: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client.session, "STEP_TIMEOUT_S", 0.5)
+    honest = compute.node._NodeSession.step
+    async with swarm_of(odd.folder, TWO) as swarm:
+        bad = swarm.nodes[1]
+        silent: list[bool] = []
+
+        async def step(self: Any, message: Message) -> Message:
+            if silent and self._node is bad.node:
+                await trio.sleep_forever()
+            return await honest(self, message)
+
+        monkeypatch.setattr(compute.node._NodeSession, "step", step)
+
+        async def silence() -> None:
+            silent.append(True)
+            await swarm.add_node(odd.folder, (2, 5))
+
+        with trio.fail_after(8):
+            assert await broken_off(swarm, odd.folder, silence) == greedy(odd.model, PROMPT, 12)
+
+
+@pytest.mark.parametrize("method", ["open", "step"])
+async def test_a_busy_node_is_asked_again(odd: Reference, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = getattr(compute.node._NodeSession, method)
+    refusals = [RpcError("busy", "come again", 0.01), RpcError("out-of-cache", "come again", 0.0)]
+
+    async def busy(self: Any, message: Message) -> Message:
+        if refusals:
+            raise refusals.pop()
+        answer: Message = await honest(self, message)
+        return answer
+
+    monkeypatch.setattr(compute.node._NodeSession, method, busy)
+    async with swarm_of(odd.folder, TWO) as swarm:
+        assert await swarm.generate(odd.folder, PROMPT, max_new_tokens=5, do_sample=False) == greedy(
+            odd.model, PROMPT, 5
+        )
+        assert refusals == []
+
+
+async def test_a_node_that_stays_busy_is_given_up(odd: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def busy(self: Any, message: Message) -> Message:
+        raise RpcError("out-of-cache", "no room left", 0.001)
+
+    async with swarm_of(odd.folder, TWO) as swarm:
+        monkeypatch.setattr(compute.node._NodeSession, "step", busy)
+        with trio.fail_after(8), pytest.raises((MissingBlocks, SessionFailed)) as caught:
+            await swarm.generate(odd.folder, PROMPT, max_new_tokens=5)
+        assert "no room left" in str(caught.value)  # what the node said, not only that it failed
+        await until(lambda: all(node.sessions == 0 for node in swarm.nodes))
+
+
+async def test_all_nodes_fail_one_after_another(odd: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(self: Any, message: Message) -> Message:
+        raise RpcError("internal", "a bug")
+
+    async with swarm_of(odd.folder, [(0, 5)] * 6) as swarm:
+        monkeypatch.setattr(compute.node._NodeSession, "step", broken)
+        with trio.fail_after(8), pytest.raises((MissingBlocks, SessionFailed)):
+            await swarm.generate(odd.folder, PROMPT, max_new_tokens=5)
+        await until(lambda: all(node.sessions == 0 for node in swarm.nodes))
+
+
+async def test_a_cancelled_step_can_be_done_again(odd: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = Engine.step
+    entered, gate = trio.Event(), trio.Event()
+
+    async def slow(self: Engine, *args: Any) -> torch.Tensor:
+        entered.set()
+        await gate.wait()
+        return await honest(self, *args)
+
+    async with swarm_of(odd.folder, TWO) as swarm:
+        session = await swarm.client.session((await swarm.client.models())[0])
+        hidden = torch.randn(1, 4, 48, generator=torch.Generator().manual_seed(1))
+        before = await session.step(hidden)
+        monkeypatch.setattr(Engine, "step", slow)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(session.step, hidden)
+            await entered.wait()
+            nursery.cancel_scope.cancel()
+        gate.set()
+        assert session.position == 4
+        session.rollback(0)
+        assert torch.equal(await session.step(hidden), before)
+        await session.aclose()
+        await until(lambda: all(node.sessions == 0 for node in swarm.nodes))
+
+
+# What nodes answer to those who ask wrongly
+
+
+async def refusal(swarm: TestSwarm, node: RunningNode, *calls: tuple[str, Message]) -> tuple[str, str]:
+    """The last call's refusal."""
+    stream = await swarm.client.host.open_stream(node.peer_id, [wire.PROTOCOL_ID], node.offer.addresses)
+    async with lane.Lane(stream, node.peer_id) as opened:
+        for method, message in calls[:-1]:
+            await opened.call(method, message, timeout_s=5)
+        with pytest.raises(RpcError) as caught:
+            await opened.call(calls[-1][0], calls[-1][1], timeout_s=5)
+    return caught.value.code, caught.value.message
+
+
+async def test_what_a_node_refuses(odd: Reference) -> None:
+    async with swarm_of(odd.folder, [(1, 4)]) as swarm:
+        [node] = swarm.nodes
+
+        def ask(**changes: Any) -> tuple[str, Message]:
+            fields = {"digest": node.offer.digest, "start": 1, "end": 4, "batch": 1, "max_length": 8}
+            return "open", Message(header=fields | changes)
+
+        def step(position: Any, *shape: int, dtype: str = "f32", size: int = 4) -> tuple[str, Message]:
+            tensor = Tensor(dtype=dtype, shape=shape, data=bytes(math.prod(shape) * size))
+            return "step", Message(header={"position": position}, tensors=[tensor])
+
+        async def code(*calls: tuple[str, Message]) -> str:
+            return (await refusal(swarm, node, *calls))[0]
+
+        assert await code(ask(digest="0" * 64)) == "wrong-model"
+        assert await code(ask(start=0)) == "wrong-span"
+        assert await code(ask(end=5)) == "wrong-span"
+        assert await code(ask(batch=0)) == "bad-input"
+        assert await code(ask(batch=33)) == "bad-value"
+        assert await code(ask(max_length=4096)) == "too-long"
+        assert await code(ask(max_length=True)) == "bad-input"
+        assert await code(ask(), ask()) == "bad-input"
+        assert await code(step(0, 1, 1, 48)) == "bad-input"
+        assert await code(ask(), step(0, 1, 1, 47)) == "bad-shape"
+        assert await code(ask(), step(0, 2, 1, 48)) == "bad-shape"
+        assert await code(ask(), step(0, 1, 0, 48)) == "bad-shape"
+        assert await code(ask(), step(0, 1, 9, 48)) == "too-long"
+        assert await code(ask(), step(1, 1, 1, 48)) == "bad-position"
+        assert await code(ask(), step(-1, 1, 1, 48)) == "bad-input"
+        assert await code(ask(), step("0", 1, 1, 48)) == "bad-input"
+        assert await code(ask(), step(0, 1, 1, 48, dtype="i64", size=8)) == "bad-dtype"
+        assert await code(ask(), step(0, 1, 1, 48, dtype="u8", size=1)) == "bad-dtype"
+        assert await code(ask(), ("step", Message(header={"position": 0}))) == "bad-input"
+        assert await code(("no-such-method", Message(header={}))) == "unknown-method"
+        nan = Tensor(dtype="f32", shape=(1, 1, 48), data=torch.full((48,), math.nan).numpy().tobytes())
+        assert await code(ask(), ("step", Message(header={"position": 0}, tensors=[nan]))) == "not-finite"
+        await until(lambda: node.sessions == 0)

@@ -1,0 +1,94 @@
+"""``raceme`` as processes of their own, for tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+START_S = 40.0
+STOP_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a process ended."""
+
+    status: int
+    output: str
+    errors: str
+
+    @property
+    def json(self) -> Any:
+        """The one object on standard output."""
+        [line] = self.output.splitlines()
+        return json.loads(line)
+
+
+class Command:
+    """A running ``raceme``."""
+
+    def __init__(self, popen: subprocess.Popen[str]) -> None:
+        self._popen = popen
+        self.pid = popen.pid
+
+    def line(self) -> str:
+        """The next line of standard output, without its end."""
+        timer = threading.Timer(START_S, self._popen.kill)
+        timer.daemon = True
+        try:
+            timer.start()
+            assert self._popen.stdout is not None
+            line = self._popen.stdout.readline()
+        finally:
+            timer.cancel()
+        assert line.endswith("\n"), self.end()
+        return line[:-1]
+
+    def json(self) -> Any:
+        return json.loads(self.line())
+
+    def end(self, by: signal.Signals | None = None, *, timeout_s: float = STOP_S, stdin: str | None = None) -> Outcome:
+        """Send a signal, if any, and wait for the end."""
+        if by is not None:
+            self._popen.send_signal(by)
+        output, errors = self._popen.communicate(stdin, timeout=timeout_s)
+        return Outcome(status=self._popen.returncode, output=output, errors=errors)
+
+    def kill(self) -> None:
+        self._popen.kill()
+        self._popen.communicate()
+
+
+@contextmanager
+def started(home: Path, *arguments: str) -> Iterator[Command]:
+    """``raceme ARGUMENTS``; killed at the end of the block if it is still there."""
+    popen = subprocess.Popen(
+        [sys.executable, "-m", "client", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "RACEME_HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    command = Command(popen)
+    try:
+        yield command
+    finally:
+        if popen.poll() is None:
+            command.kill()
+
+
+def run(home: Path, *arguments: str, stdin: str = "", timeout_s: float = 60.0) -> Outcome:
+    """``raceme ARGUMENTS`` to its end."""
+    with started(home, *arguments) as command:
+        return command.end(timeout_s=timeout_s, stdin=stdin)

@@ -1,0 +1,480 @@
+"""The commands, as people and programs use them: processes, signals, streams, exit statuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import signal
+import socket
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import client.cli
+from compute.models import find_checkpoint
+from net.identity import Identity
+from tests.checkpoints import make_checkpoint
+from tests.sockets.commands import LOOPBACK, Command, run, started
+
+PROMPT = "In the beginning"
+ANSWERED_S = 10.0  # the longest that a person should wait for an error
+
+
+def tiny_tokens(prompt: str, new: int) -> list[int]:
+    """What transformers makes of the prompt with bloom-tiny."""
+    from transformers import AutoTokenizer, BloomForCausalLM
+
+    folder = find_checkpoint("bloom-tiny").file("config.json").parent
+    model = BloomForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt").input_ids
+    rows = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+    tokens: list[int] = rows[0].tolist()
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[ExitStack]:
+    """Processes that live as long as this file's tests."""
+    with ExitStack() as processes:
+        yield processes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("commands")
+
+
+@pytest.fixture(scope="module")
+def relay(stack: ExitStack, folder: Path) -> str:
+    """A relay's address."""
+    command = stack.enter_context(started(folder / "relay", "relay", "--listen", LOOPBACK))
+    return command.line()
+
+
+@pytest.fixture(scope="module")
+def nodes(stack: ExitStack, folder: Path, relay: str) -> list[dict[str, Any]]:
+    """bloom-tiny on three nodes that chose their blocks themselves, started at once."""
+    common = ("serve", "bloom-tiny", "--max-blocks", "3", "--bootstrap", relay, "--listen", LOOPBACK, "--threads", "1")
+    commands = [stack.enter_context(started(folder / f"node-{n}", *common, "--json")) for n in range(3)]
+    return [command.json() for command in commands]
+
+
+@pytest.fixture(scope="module")
+def some_bloom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("models") / "some-bloom")
+
+
+@pytest.fixture(scope="module")
+def lonely(stack: ExitStack, folder: Path, relay: str, some_bloom: Path) -> Command:
+    """A node with a part of another model, and a short limit."""
+    command = stack.enter_context(
+        started(
+            folder / "lonely",
+            *("serve", str(some_bloom), "--blocks", "1:3", "--bootstrap", relay, "--listen", LOOPBACK, "--json"),
+        )
+    )
+    command.json()
+    return command
+
+
+# Relay and identity
+
+
+def test_relay_prints_its_address_first_and_alone(tmp_path: Path) -> None:
+    key = tmp_path / "keys" / "relay.key"
+    with started(tmp_path, "relay", "--listen", LOOPBACK, "--identity", str(key)) as command:
+        address = command.line()
+        match = re.fullmatch(r"/ip4/127\.0\.0\.1/tcp/(\d+)/p2p/(12D3Koo\w+)", address)
+        assert match is not None
+        with socket.create_connection(("127.0.0.1", int(match[1])), timeout=5):
+            pass  # it is really there
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600
+        taken = run(tmp_path, "relay", "--listen", LOOPBACK, "--identity", str(key))
+        assert taken.status == 1
+        assert re.fullmatch(r"raceme: error: identity \S+ is in use by another process.*--identity\n", taken.errors)
+        busy = run(tmp_path, "relay", "--listen", f"/ip4/127.0.0.1/tcp/{match[1]}")
+        assert busy.status == 1
+        assert re.fullmatch(rf"raceme: error: .*{match[1]}.*in use.*\n", busy.errors)
+        outcome = command.end(signal.SIGINT)
+        assert (outcome.status, outcome.output, outcome.errors) == (0, "", "")
+    with started(tmp_path, "relay", "--listen", LOOPBACK, "--identity", str(key), "--json") as command:
+        answer = command.json()
+        assert answer["peer_id"] == match[2]
+        assert answer["address"] == answer["addresses"][0]
+        assert answer["address"].endswith(f"/p2p/{match[2]}")
+        outcome = command.end(signal.SIGTERM)
+        assert (outcome.status, outcome.output, outcome.errors) == (0, "", "")
+
+
+# Serving
+
+
+def test_nodes_that_start_together_cover_the_model(
+    relay: str, nodes: list[dict[str, Any]], lonely: Command, tmp_path: Path
+) -> None:
+    assert {block for node in nodes for block in range(node["start"], node["end"])} == set(range(8))
+    status = run(tmp_path, "status", "--bootstrap", relay, "--json")
+    assert (status.status, status.errors) == (0, "")
+    models = {model["name"]: model for model in status.json["models"]}
+    tiny, other = models["bloom-tiny"], models["some-bloom"]
+    assert (tiny["name"], tiny["blocks"], tiny["complete"], tiny["missing"]) == ("bloom-tiny", 8, True, [])
+    assert {(n["peer_id"], n["start"], n["end"]) for n in tiny["nodes"]} == {
+        (n["peer_id"], n["start"], n["end"]) for n in nodes
+    }
+    assert all(0 < n["round_trip_ms"] < 5000 and n["problem"] == "" for n in tiny["nodes"])
+    assert (other["name"], other["complete"], other["missing"]) == ("some-bloom", False, [[0, 1], [3, 5]])
+
+
+def test_status_for_people(relay: str, nodes: list[dict[str, Any]], lonely: Command, tmp_path: Path) -> None:
+    outcome = run(tmp_path, "status", "--bootstrap", relay)
+    assert (outcome.status, outcome.errors) == (0, "")
+    for node in nodes:
+        assert f"{node['start']}:{node['end']}" in outcome.output
+        assert node["peer_id"] in outcome.output
+    assert "Missing: blocks 0:1, 3:5." in outcome.output
+
+
+def test_a_node_that_is_told_to_go_withdraws(relay: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def status() -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            client.cli.main(("status", "--bootstrap", relay, "--json"))
+        assert caught.value.code == 0
+        return capsys.readouterr().out
+
+    arguments = ("serve", "bloom-tiny", "--blocks", "2:5", "--bootstrap", relay, "--listen", LOOPBACK)
+    with started(tmp_path / "home", *arguments) as command:
+        line = command.line()
+        match = re.fullmatch(r"serving blocks 2:5 of 8 of bloom-tiny as (\w+) at (\S+) \(\d+ tokens/s.*", line)
+        assert match is not None, line
+        assert match[2].endswith(f"/p2p/{match[1]}")
+        assert match[1] in status()
+        outcome = command.end(signal.SIGTERM)
+        assert (outcome.status, outcome.output, outcome.errors) == (0, "", "")
+    assert match[1] not in status()
+
+
+# Generating
+
+
+def test_generate_streams_what_transformers_gives(
+    relay: str, nodes: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    expected = tiny_tokens(PROMPT, 24)
+    common = ("generate", "--bootstrap", relay, "--model", "bloom-tiny", "--max-new-tokens", "24")
+    as_json = run(tmp_path, *common, "--json", "-", stdin=PROMPT)
+    assert (as_json.status, as_json.errors) == (0, "")
+    answer = as_json.json
+    assert answer["ids"] == expected
+    assert answer["new_tokens"] == 24
+    assert answer["tokens_per_s"] > 0
+    assert {hop["peer_id"] for hop in answer["route"]} <= {node["peer_id"] for node in nodes}
+    assert [answer["route"][0]["start"], answer["route"][-1]["end"]] == [0, 8]
+
+    tokenizer = AutoTokenizer.from_pretrained(find_checkpoint("bloom-tiny").file("config.json").parent)
+    text = tokenizer.decode(expected, skip_special_tokens=True)
+    assert answer["text"] == text
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        client.cli.main((*common, PROMPT))
+    assert caught.value.code == 0
+    assert capsys.readouterr() == (text + "\n", "")
+
+
+def test_demo_for_programs(tmp_path: Path) -> None:
+    outcome = run(tmp_path, "demo", "--json", "--max-new-tokens", "16")
+    assert outcome.status == 0, outcome.errors
+    answer = outcome.json
+    assert answer["same_tokens"] is True
+    assert answer["ids"] == tiny_tokens(PROMPT, 16)
+    assert [(hop["start"], hop["end"]) for hop in answer["route"]] == [(0, 3), (3, 6), (6, 8)]
+    assert processes_with(str(tmp_path)) == []
+
+
+def test_demo_interrupted_leaves_nothing_behind(tmp_path: Path) -> None:
+    with started(tmp_path, "demo") as command:
+        assert command.line().startswith("Starting a relay and 3 compute nodes")
+        assert command.line().startswith("  relay")
+        assert command.line().startswith("  node")
+        children = children_of(command.pid)
+        assert len(children) == 4
+        outcome = command.end(signal.SIGINT, timeout_s=15)
+    assert outcome.status != 0
+    assert "Traceback" not in outcome.errors
+    assert [child for child in children if Path(f"/proc/{child}").exists()] == []
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def processes_with(text: str) -> list[int]:
+    """Processes that have ``text`` in their environment."""
+    found = []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if text.encode() in environment.read_bytes():
+                found.append(int(environment.parent.name))
+        except OSError:
+            continue  # it has just ended, or is not ours
+    return found
+
+
+# Failures: one line, the cause and what to do, soon
+
+
+Raceme = Callable[..., str]
+
+
+@pytest.fixture
+def failing(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Raceme:
+    """Runs a command in this process (importing takes a process seconds); returns its one line of complaint."""
+    monkeypatch.setenv("RACEME_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def fail(*arguments: str) -> str:
+        capsys.readouterr()
+        began = time.monotonic()
+        with pytest.raises(SystemExit) as caught:
+            client.cli.main(arguments)
+        took_s = time.monotonic() - began
+        output, errors = capsys.readouterr()
+        assert caught.value.code == 1
+        assert output == ""
+        [line] = errors.splitlines()
+        assert line.startswith("raceme: error: ")
+        assert "bug" not in line
+        assert took_s < ANSWERED_S
+        return line.removeprefix("raceme: error: ")
+
+    return fail
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port that nobody listens on, and that nobody else can get."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
+
+
+def generate(bootstrap: str, model: str, prompt: str = PROMPT) -> tuple[str, ...]:
+    return ("generate", "--bootstrap", bootstrap, "--model", model, "--max-new-tokens", "8", prompt)
+
+
+def serve(bootstrap: str, model: str, *more: str) -> tuple[str, ...]:
+    return ("serve", model, "--bootstrap", bootstrap, "--listen", LOOPBACK, *more)
+
+
+@pytest.mark.parametrize(
+    "command", [("status",), ("generate", "--model", "m", "p"), ("serve", "bloom-tiny"), ("relay",)]
+)
+def test_bootstraps_that_cannot_be_right(
+    failing: Raceme, relay: str, closed_port: int, command: tuple[str, ...]
+) -> None:
+    peer_id = relay.rpartition("/")[2]
+    stranger = str(Identity.generate().peer_id)
+    listen = ("--listen", LOOPBACK) if command[0] in ("relay", "serve") else ()
+    for bootstrap, complaint in {
+        "nonsense": "'nonsense' is not a multiaddr (an address looks like /ip4/",
+        "127.0.0.1:4001": "'127.0.0.1:4001' is not a multiaddr",
+        relay.partition("/p2p/")[0]: "does not say which peer is there: it must end in /p2p/PEERID",
+        f"/ip4/127.0.0.1/tcp/{closed_port}/p2p/{peer_id}": f"/ip4/127.0.0.1/tcp/{closed_port}",
+        relay.replace(peer_id, stranger): f"the peer that answered is {peer_id}, not {stranger}: check the address",
+        f"/ip4/127.0.0.1/udp/1/p2p/{peer_id}": "no address that can be dialled",
+        relay.replace(peer_id, "12D3KooNonsense"): "12D3KooNonsense",
+    }.items():
+        assert complaint in failing(*command, *listen, "--bootstrap", bootstrap)
+
+
+def test_a_bootstrap_that_never_answers(tmp_path: Path) -> None:
+    """As processes, side by side: importing counts as well."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        where = f"/ip4/127.0.0.1/tcp/{silent.getsockname()[1]}"
+        bootstrap = ("--bootstrap", f"{where}/p2p/{Identity.generate().peer_id}")
+        began = time.monotonic()
+        with (
+            started(tmp_path, "status", *bootstrap) as status,
+            started(tmp_path, "serve", "bloom-tiny", *bootstrap) as serving,
+        ):
+            outcomes = [status.end(timeout_s=30), serving.end(timeout_s=30)]
+        took_s = time.monotonic() - began
+    for outcome in outcomes:
+        assert (outcome.status, outcome.output) == (1, "")
+        assert re.fullmatch(rf"raceme: error: .*{where}.*no answer within .*\n", outcome.errors), outcome.errors
+    assert took_s < ANSWERED_S
+
+
+def test_models_that_cannot_be_had(
+    failing: Raceme, relay: str, nodes: list[dict[str, Any]], lonely: Command, some_bloom: Path, tmp_path: Path
+) -> None:
+    assert re.fullmatch(
+        "nobody serves no-such; served are: bloom-tiny, .*some-bloom", failing(*generate(relay, "no-such"))
+    )
+    assert "files are not on this machine" in failing(*generate(relay, "some-bloom"))
+    line = failing(*generate(relay, str(some_bloom)))
+    assert line.startswith("nobody serves blocks 0:1, 3:5 of some-bloom; start a node with: raceme serve some-bloom")
+    assert "no model 'no-such'; give one of the shipped models (bloom-tiny)" in failing(*serve(relay, "no-such"))
+    assert "--blocks 4:9: bloom-tiny has blocks 0:8" in failing(*serve(relay, "bloom-tiny", "--blocks", "4:9"))
+
+
+def test_damaged_checkpoints(failing: Raceme, relay: str, some_bloom: Path, tmp_path: Path) -> None:
+    def damaged(name: str) -> Path:
+        return Path(shutil.copytree(some_bloom, tmp_path / name))
+
+    missing = damaged("missing-bloom")
+    shard = "model-00003-of-00004.safetensors"
+    (missing / shard).unlink()
+    assert f"{shard} is missing" in failing(*serve(relay, str(missing)))
+    truncated = damaged("truncated-bloom")
+    (truncated / shard).write_bytes((truncated / shard).read_bytes()[:-100])
+    assert shard in failing(*serve(relay, str(truncated)))
+    assert shard in failing(*serve(relay, str(truncated), "--blocks", "2:3"))
+    other = damaged("gpt-2")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    assert "model_type is 'gpt2', not 'bloom'" in failing(*serve(relay, str(other)))
+    (other / "config.json").unlink()
+    assert "config.json is missing" in failing(*serve(relay, str(other)))
+
+
+def test_prompts_that_cannot_be_continued(
+    failing: Raceme, stack: ExitStack, folder: Path, relay: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "the prompt is empty" in failing(*generate(relay, "bloom-tiny", ""))
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert "the prompt is empty" in failing(*generate(relay, "bloom-tiny", "-"))
+    short = make_checkpoint(folder / "short-bloom", layers=1)
+    node = stack.enter_context(started(folder / "short", *serve(relay, str(short), "--max-length", "20", "--json")))
+    assert node.json()["end"] == 1
+    line = failing(*generate(relay, str(short), PROMPT * 10))
+    assert re.fullmatch(r"prompt and new tokens make \d+ tokens; the nodes on the chain allow 21: shorten .*", line)
+
+
+def test_identities_that_cannot_be_used(failing: Raceme, relay: str, tmp_path: Path) -> None:
+    key = tmp_path / "some.key"
+    key.write_text("no key at all, but a text")
+    key.chmod(0o600)
+    command = ("relay", "--listen", LOOPBACK, "--identity", str(key))
+    assert "is not a libp2p Ed25519 private key" in failing(*command)
+    key.chmod(0o644)
+    assert f"can be read by others; run: chmod 600 {key}" in failing(*command)
+    assert "is in use by another process" not in failing(*command)
+
+
+def test_listening_where_one_cannot(failing: Raceme, relay: str) -> None:
+    port = relay.split("/")[4]
+    for command in (("relay",), ("serve", "bloom-tiny", "--bootstrap", relay)):
+        assert "in use" in failing(*command, "--listen", f"/ip4/127.0.0.1/tcp/{port}")
+        assert "nonsense" in failing(*command, "--listen", "nonsense")
+        assert "/udp/" in failing(*command, "--listen", "/ip4/127.0.0.1/udp/4001")
+        assert "192.0.2.1" in failing(*command, "--listen", "/ip4/192.0.2.1/tcp/0")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("no-such-command",),
+        ("generate",),
+        ("serve", "bloom-tiny", "--bootstrap", "x", "--blocks", "4"),
+        ("serve", "bloom-tiny", "--bootstrap", "x", "--blocks", "4:4"),
+        ("serve", "bloom-tiny", "--bootstrap", "x", "--max-blocks", "0"),
+        ("serve", "bloom-tiny", "--bootstrap", "x", "--threads", "-1"),
+    ],
+)
+def test_wrong_usage(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        client.cli.main(arguments)
+    assert caught.value.code == 2
+    output, errors = capsys.readouterr()
+    assert "usage: raceme" in output + errors
+
+
+@pytest.mark.parametrize("command", ["demo", "relay", "serve", "generate", "status", "ping"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        client.cli.main((command, "--help"))
+    assert caught.value.code == 0
+    assert f"usage: raceme {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    {
+        "--max-new-tokens": ["0", "-1", "many", "1.5"],
+        "--temperature": ["0", "-1", "nan", "inf", "hot"],
+        "--top-p": ["0", "1.5", "-0.1", "nan"],
+        "--top-k": ["0", "-3", "\u00b2"],
+        "--repetition-penalty": ["0", "-2"],
+        "--seed": ["-1", "9223372036854775808", "x"],
+    }.items(),
+)
+def test_numbers_that_make_no_sense(option: str, values: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for value in values:
+        with pytest.raises(SystemExit) as caught:
+            client.cli.main((*generate("anywhere", "bloom-tiny"), f"{option}={value}"))
+        assert caught.value.code == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith(f"raceme generate: error: argument {option}: '{value}' is not a ")
+
+
+def test_sampling_can_be_repeated(relay: str, nodes: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    def sampled(*options: str) -> list[int]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            client.cli.main((*generate(relay, "bloom-tiny"), "--json", *options))
+        assert caught.value.code == 0
+        ids: list[int] = json.loads(capsys.readouterr().out)["ids"]
+        return ids
+
+    warm = ("--temperature", "1.5", "--top-k", "50", "--top-p", "0.99", "--repetition-penalty", "1.1")
+    assert sampled(*warm, "--seed", "1") == sampled(*warm, "--seed", "1")
+    assert sampled(*warm, "--seed", "1") != sampled(*warm, "--seed", "2")
+
+
+def test_verbose_shows_the_traceback(tmp_path: Path) -> None:
+    outcome = run(tmp_path, "status", "--bootstrap", "nonsense", "--verbose")
+    assert outcome.status == 1
+    assert "Traceback (most recent call last)" in outcome.errors
+    assert outcome.errors.splitlines()[-1].startswith("raceme: error: 'nonsense' is not a multiaddr")
+    quiet = run(tmp_path, "status", "--bootstrap", "nonsense")
+    assert (quiet.status, len(quiet.errors.splitlines())) == (1, 1)
+    nothing = run(tmp_path)
+    assert nothing.status == 2
+    assert "usage: raceme" in nothing.output
+
+
+def test_a_node_killed_while_idle(
+    failing: Raceme, relay: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_checkpoint(folder / "killed-bloom", layers=2, seed=5)
+    arguments = generate(relay, str(model))
+    with (
+        started(folder / "first", *serve(relay, str(model), "--blocks", "0:1", "--json")) as first,
+        started(folder / "second", *serve(relay, str(model), "--blocks", "1:2", "--json")) as second,
+    ):
+        assert [first.json()["start"], second.json()["start"]] == [0, 1]
+        second.kill()
+        line = failing(*arguments)
+        assert "blocks 1:2 of killed-bloom are announced, but the nodes that serve them fail" in line
+        assert "raceme serve killed-bloom --blocks 1:2" in line
+        with started(folder / "third", *serve(relay, str(model), "--blocks", "1:2", "--json")) as third:
+            third.json()
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as caught:
+                client.cli.main((*arguments, "--json"))
+            assert caught.value.code == 0
+            output, errors = capsys.readouterr()
+            assert json.loads(output)["new_tokens"] == 8
+            assert errors == ""
