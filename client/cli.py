@@ -148,10 +148,17 @@ def run_demo(options: argparse.Namespace) -> int:
     return run(options.prompt, options.max_new_tokens, as_json=options.json)
 
 
+def _read_prompt() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise console.UserError("the prompt on standard input is not UTF-8 text") from error
+
+
 def run_generate(options: argparse.Namespace) -> int:
     import client
 
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = _read_prompt() if options.prompt == "-" else options.prompt
     if not prompt:
         raise console.UserError("the prompt is empty: give at least one character")
     with client.connect(options.bootstrap, timeout_s=CONNECT_TIMEOUT_S) as swarm:

@@ -33,9 +33,9 @@ STEP_TIMEOUT_S = 60.0
 MAX_REPLACEMENTS = 4  # chains tried for one step
 BUSY_TRIES = 5
 MAX_RETRY_AFTER_S = 10.0  # a node that wants to be left alone for longer is asked again all the same
-CALLERS_FAULT = frozenset(
-    {"bad-shape", "bad-dtype", "bad-position", "bad-value", "too-long", "not-finite", "bad-input"}
-)
+# What a node may blame the caller for when a session is opened. Steps are checked here before they are sent, so that
+# a node that refuses one is itself at fault.
+CALLERS_FAULT = frozenset({"bad-input", "bad-value", "too-long"})
 
 FindNodes = Callable[[], Awaitable[list[NodeAnnouncement]]]
 
@@ -105,6 +105,8 @@ class Session:
                 f"{self.position + hidden.shape[1]} tokens are more than the {self.max_length} that the nodes on the "
                 f"chain allow; shorten the prompt or ask for fewer new tokens"
             )
+        if not torch.isfinite(hidden).all():
+            raise InvalidInput("hidden states that are not finite: the embeddings of this checkpoint are damaged")
         outputs = []
         for part in hidden.split(self._piece_tokens(hidden), dim=1):
             piece = _Piece(position=self.position, hidden=part.contiguous())
@@ -246,7 +248,7 @@ class Session:
             try:
                 return await lane.call(method, message, timeout_s=timeout_s)
             except errors.RpcError as error:
-                if error.code in CALLERS_FAULT:
+                if method == "open" and error.code in CALLERS_FAULT:
                     raise InvalidInput(error.message) from error
                 if error.retry_after_s is None:
                     raise errors.PeerFailed(lane.peer_id, str(error)) from error

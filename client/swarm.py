@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -104,8 +104,20 @@ class AsyncSwarm:
                 nursery.start_soon(self._probe, node, found)
         return sorted(found, key=lambda peer: (peer.announcement.model, peer.announcement.start))
 
-    async def session(self, model: ServedModel, *, max_length: int | None = None) -> Session:
-        """A session over all blocks of a model; opened at its first step."""
+    async def session(
+        self,
+        model: ServedModel,
+        *,
+        max_length: int | None = None,
+        accepts: Callable[[NodeAnnouncement], bool] = lambda _: True,
+    ) -> Session:
+        """A session over all blocks of a model; opened at its first step.
+
+        Args:
+            model: which.
+            max_length: reserve for this many tokens; as many as the nodes allow by default.
+            accepts: false for nodes that must not be used.
+        """
         from client.session import Session
 
         async def find() -> list[NodeAnnouncement]:
@@ -114,7 +126,13 @@ class AsyncSwarm:
                 raise UnknownModel(
                     f"nobody serves {model.name} any more; start nodes with: raceme serve {model.name} --bootstrap ADDR"
                 )
-            return nodes
+            accepted = [node for node in nodes if accepts(node)]
+            if not accepted:
+                raise UnknownModel(
+                    f"the nodes that serve {model.name} hold other weights than the files here: take the same "
+                    f"checkpoint on both sides"
+                )
+            return accepted
 
         return Session(self.host, find, max_length=max_length)
 

@@ -58,6 +58,10 @@ class Source(Protocol):
     def label(self) -> str:
         """What people call it: a folder's path, a repository's name."""
 
+    @property
+    def is_local(self) -> bool:
+        """Whether ``find`` never fetches anything."""
+
     def find(self, name: str) -> Path | None:
         """The local path of a file that may not exist, fetched now if need be.
 
@@ -84,6 +88,11 @@ class FolderSource:
         """The folder's path."""
         return str(self._folder)
 
+    @property
+    def is_local(self) -> bool:
+        """See :class:`Source`."""
+        return True
+
     def find(self, name: str) -> Path | None:
         """See :class:`Source`."""
         path = self._folder / name
@@ -106,6 +115,11 @@ class HubSource:
     def label(self) -> str:
         """The repository's name."""
         return self._repository
+
+    @property
+    def is_local(self) -> bool:
+        """See :class:`Source`."""
+        return False
 
     def find(self, name: str) -> Path | None:
         """See :class:`Source`."""
@@ -235,6 +249,20 @@ class Checkpoint:
             ValueError: There is no such block.
         """
         return self._read_block(index, torch.float32, {})[1]
+
+    def block_digests_at_hand(self, max_bytes: int) -> tuple[str, ...] | None:
+        """The digest of every block, if all their files are here and not more than ``max_bytes``; else None.
+
+        Raises:
+            CheckpointError: See the class.
+        """
+        if not self._source.is_local:
+            return None
+        files = set().union(*(self._files_of(f"h.{index}.") for index in range(self.n_blocks)))
+        paths = [self.find_file(name) for name in files]
+        if any(path is None for path in paths) or sum(path.stat().st_size for path in paths if path) > max_bytes:
+            return None
+        return tuple(self.block_digest(index) for index in range(self.n_blocks))
 
     def block(self, index: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The state dict of one block, converted to ``dtype``.

@@ -30,17 +30,3 @@ def choose_span(n_blocks: int, length: int, nodes: Sequence[NodeAnnouncement]) -
     served = coverage(n_blocks, nodes)
     start = min(range(n_blocks - length + 1), key=lambda s: (sorted(served[s : s + length]), s))
     return start, start + length
-
-
-def missing_blocks(n_blocks: int, nodes: Iterable[NodeAnnouncement]) -> list[tuple[int, int]]:
-    """The runs of blocks ``[start, end)`` that nobody serves."""
-    served = coverage(n_blocks, nodes)
-    runs: list[tuple[int, int]] = []
-    for block in range(n_blocks):
-        if served[block] > 0:
-            continue
-        if runs and runs[-1][1] == block:
-            runs[-1] = (runs[-1][0], block + 1)
-        else:
-            runs.append((block, block + 1))
-    return runs

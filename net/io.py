@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import trio
 
 from net.errors import ConnectionLost
@@ -24,6 +26,16 @@ class SingleUse:
 
     def __exit__(self, *_: object) -> None:
         self._busy = False
+
+
+def check_max_bytes(max_bytes: int | None) -> None:
+    """What trio asks of ``receive_some``'s argument.
+
+    Raises:
+        ValueError, TypeError: it is no positive integer.
+    """
+    if max_bytes is not None and operator.index(max_bytes) < 1:
+        raise ValueError("max_bytes must be at least 1")
 
 
 async def receive_exactly(stream: trio.abc.ReceiveStream, count: int) -> bytes:

@@ -134,7 +134,7 @@ def save_tokenizer(folder: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_TEXT, trainer)
-    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # so in transformers
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
         bos_token="<s>",

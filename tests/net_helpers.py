@@ -83,7 +83,7 @@ class CorePair:
                 theirs = peer._streams.get(stream_id)
                 if theirs is None:
                     continue
-                assert 0 <= stream.send_window
+                assert stream.send_window >= 0
                 assert theirs.receive_window == stream.send_window + data[stream_id] + updates[stream_id]
                 assert 0 <= theirs.receive_window <= theirs.window_size <= core.settings.max_window_bytes
                 assert stream.outgoing_bytes == sum(map(len, stream.outgoing))

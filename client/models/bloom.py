@@ -5,7 +5,7 @@ A token's way: ``generate`` -> ``forward`` -> embeddings -> session (chain of no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,16 @@ from transformers.modeling_utils import PreTrainedModel
 from client.errors import InvalidInput, UnknownModel
 from client.models.cache import SessionCache
 from client.portal import Portal
-from compute.bloom import Embeddings, Head
+from compute.bloom import Embeddings, Head, span_digest
 from compute.checkpoint import Checkpoint
 from compute.errors import CheckpointError
 from compute.models import find_checkpoint
 
 if TYPE_CHECKING:
     from client.swarm import AsyncSwarm, ServedModel
+    from net.protocol.announcement import NodeAnnouncement
+
+MAX_CHECKED_BYTES = 512 * 1024 * 1024  # hashed when a model is made: about a second
 
 
 class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -48,6 +51,7 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         served: ServedModel,
         swarm: AsyncSwarm,
         portal: Portal,
+        accepts: Callable[[NodeAnnouncement], bool],
     ) -> None:
         super().__init__(config)
         self.embeddings = embeddings
@@ -57,6 +61,7 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         self._tokenizer = tokenizer
         self._swarm = swarm
         self._portal = portal
+        self._accepts = accepts
         self.requires_grad_(False)
         self.eval()
 
@@ -74,12 +79,15 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
     def session(self, *, max_length: int | None = None) -> SessionCache:
         """A session that keeps its tokens across calls: ``generate(ids, session=session)``.
 
-        ``ids`` are always all tokens from the beginning; those that the session has are not computed again.
+        ``ids`` are always all tokens from the beginning. Those at their start that the session has are not computed
+        again; if they differ from some token on, the session goes back to there.
 
         Args:
             max_length: reserve for this many tokens; as many as the nodes allow by default.
         """
-        session = self._portal.call(lambda: self._swarm.session(self.served, max_length=max_length))
+        session = self._portal.call(
+            lambda: self._swarm.session(self.served, max_length=max_length, accepts=self._accepts)
+        )
         return SessionCache(session, self._portal)
 
     def generate(
@@ -104,7 +112,7 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         if ids is None or ids.dim() != 2 or ids.shape[1] == 0:
             raise InvalidInput("the prompt is empty: give at least one token")
         if session is not None:
-            _drop_last(session, ids.shape[1])
+            session.keep_prefix(ids)
             return super().generate(inputs, *args, past_key_values=session, **options)
         with self.session() as fresh:
             return super().generate(inputs, *args, past_key_values=fresh, **options)
@@ -144,7 +152,7 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
     def _forward(self, ids: torch.Tensor, session: SessionCache, logits_to_keep: int) -> CausalLMOutputWithPast:
         with torch.inference_mode():
             hidden = self.embeddings(ids)  # [b, t, d]
-            hidden = session.step(hidden)  # [b, t, d]
+            hidden = session.step(hidden, ids)  # [b, t, d]
             logits = self.head(hidden[:, -logits_to_keep:])  # [b, t or kept, vocabulary]
         return CausalLMOutputWithPast(logits=logits.clone(), past_key_values=session)
 
@@ -202,7 +210,19 @@ def load(name: str, served: Sequence[ServedModel], swarm: AsyncSwarm, portal: Po
         served=match,
         swarm=swarm,
         portal=portal,
+        accepts=_weights_check(checkpoint),
     )
+
+
+def _weights_check(checkpoint: Checkpoint) -> Callable[[NodeAnnouncement], bool]:
+    """Whether a node announces the weights that the files here hold, where all files are here to tell.
+
+    The model's digest says which tensors there are, the weights' digest what is in them.
+    """
+    digests = checkpoint.block_digests_at_hand(MAX_CHECKED_BYTES)
+    if digests is None:
+        return lambda _: True
+    return lambda node: node.weights == span_digest(digests[node.start : node.end])
 
 
 def _local_files(name: str, served: Sequence[ServedModel]) -> Checkpoint:
@@ -234,9 +254,3 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         checkpoint.find_file(name)  # fetched beside it, where files are fetched
     return AutoTokenizer.from_pretrained(path.parent)
-
-
-def _drop_last(session: SessionCache, tokens: int) -> None:
-    """Of a prompt that the session has whole, the last token is computed again: its logits are wanted."""
-    if session.position >= tokens:
-        session.position = tokens - 1

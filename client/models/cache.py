@@ -27,6 +27,7 @@ class SessionCache:
     def __init__(self, session: Session, portal: Portal) -> None:
         self._session = session
         self._portal = portal
+        self._ids: torch.Tensor | None = None  # [b, t] of what was computed; at least ``position`` long
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens whose keys and values the nodes hold (the name is transformers')."""
@@ -70,15 +71,33 @@ class SessionCache:
             )
         return room
 
-    def step(self, hidden: torch.Tensor) -> torch.Tensor:
+    def keep_prefix(self, ids: torch.Tensor) -> None:
+        """Go back to where ``ids`` and the session's tokens part, and at least before the last of ``ids``, whose
+        logits are wanted.
+
+        Shapes:
+            ids: [b, t]
+        """
+        shared = min(self.position, ids.shape[1] - 1)
+        if self._ids is None or self._ids.shape[0] != ids.shape[0]:
+            return  # nothing yet, or another number of rows, which the session refuses itself
+        same = (self._ids[:, :shared] == ids[:, :shared]).all(dim=0)  # [shared]
+        self._session.rollback(shared if bool(same.all()) else int(same.int().argmin()))
+
+    def step(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """All blocks on the next tokens.
 
         Shapes:
             hidden: [b, t, d]
+            ids: [b, t], of which these are the embeddings
             returns: [b, t, d]
         Raises: as ``Session.step``.
         """
-        return self._portal.call(self._session.step, hidden)
+        before = self.position
+        output = self._portal.call(self._session.step, hidden)
+        kept = ids if self._ids is None or not before else torch.cat([self._ids[:, :before], ids], dim=1)
+        self._ids = kept  # [b, position]
+        return output
 
     def close(self) -> None:
         """Free the session on its nodes, if the swarm's end has not done so."""

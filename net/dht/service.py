@@ -37,7 +37,7 @@ class DhtSettings:
     announce_s: float = 30.0  # between renewals of an announcement
     ttl_s: int = 120  # of an announcement
     idle_s: float = 120.0  # a stream that asks nothing is closed
-    max_lanes: int = 128  # streams kept open to servers
+    max_lanes: int = 128  # streams kept open to servers, beside those in use
 
 
 class Dht:

@@ -43,8 +43,9 @@ def read_addresses(fields: Mapping[str, Any], name: str) -> tuple[Multiaddr, ...
     raw = packing.items(fields, name, bytes, max_items=MAX_ADDRESSES, max_length=MAX_ADDRESS_BYTES)
     try:
         addresses = tuple(Multiaddr(data) for data in raw)
-        for address in addresses:
-            str(address)  # the library reads lazily: malformed bytes show up here
+        # The library reads lazily, and takes what was cut short for zeros: written out and read again, that shows.
+        if any(Multiaddr(str(address)).to_bytes() != data for address, data in zip(addresses, raw, strict=True)):
+            raise RemoteProtocolError("bytes that are no proper multiaddr")
         return addresses
     except (MultiaddrError, ValueError, TypeError, KeyError, IndexError) as error:
         raise RemoteProtocolError("bytes that are no multiaddr") from error

@@ -253,11 +253,14 @@ class YamuxConnection:
 
     async def _say_goodbye(self) -> None:
         self._core.go_away()
-        if not self._sending and self._core.has_data_to_send:  # else a record was cut in the middle
-            try:
+        if self._sending:  # a record was cut in the middle: nothing that follows would be understood
+            return
+        try:
+            if self._core.has_data_to_send:
                 await self._channel.send_all(b"".join(self._core.data_to_send(SEND_BATCH_BYTES)))
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                pass  # the other side is gone already: nobody to say it to
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # the other side is gone already: nobody to say it to
+        await self._channel.aclose()  # TLS and WebSocket have goodbyes of their own
 
     # Events
 

@@ -120,12 +120,12 @@ class TlsChannel(SecureChannel):
             try:
                 return bytes(self._tls.recv(RECEIVE_BYTES if max_bytes is None else max_bytes))
             except SSL.WantReadError:
-                if self._ended:
-                    raise trio.BrokenResourceError("the stream ended without TLS's close_notify") from None
                 await self._feed()
             except SSL.ZeroReturnError:
                 return b""
             except SSL.Error as error:
+                if self._ended:
+                    raise trio.BrokenResourceError("the stream ended without TLS's close_notify") from None
                 raise trio.BrokenResourceError("a TLS record failed its authentication") from error
 
     async def aclose(self) -> None:

@@ -12,7 +12,7 @@ import trio
 
 from net.addresses import Multiaddr
 from net.errors import AddressError, DialError
-from net.io import SingleUse
+from net.io import SingleUse, check_max_bytes
 from net.transports.base import Accept, RawConnection
 
 PIPE_BYTES = 256 * 1024  # on their way in one direction, about what a kernel's socket holds
@@ -129,8 +129,7 @@ class MemoryStream(trio.abc.Stream):
                 raise trio.ClosedResourceError("this stream was closed here")
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        if max_bytes is not None and max_bytes < 1:
-            raise ValueError("max_bytes must be at least 1")
+        check_max_bytes(max_bytes)
         pipe = self._incoming
         with self._receiving:
             await trio.lowlevel.checkpoint()

@@ -22,12 +22,8 @@ class TcpTransport:
         return addresses.host_port(address) is not None
 
     async def dial(self, address: Multiaddr) -> RawConnection:
-        host, port = _host_port(address)
-        try:
-            stream = await trio.open_tcp_stream(host, port)
-        except OSError as error:
-            raise DialError(f"{address}: {_reason(error)}") from error
-        return RawConnection(stream=stream, local=_local(stream), remote=address)
+        stream = await connect(address, *_host_port(address))
+        return RawConnection(stream=stream, local=local_address(stream), remote=address)
 
     async def listen(
         self,
@@ -53,7 +49,9 @@ class TcpTransport:
             except OSError:  # gone before we looked
                 await trio.aclose_forcefully(stream)
                 return
-            await accept(RawConnection(stream=stream, local=_local(stream), remote=addresses.tcp(peer[0], peer[1])))
+            await accept(
+                RawConnection(stream=stream, local=local_address(stream), remote=addresses.tcp(peer[0], peer[1]))
+            )
 
         bound = [addresses.tcp(*listener.socket.getsockname()[:2]) for listener in listeners]
         async with trio.open_nursery() as nursery:
@@ -61,16 +59,30 @@ class TcpTransport:
             task_status.started(bound)
 
 
+async def connect(address: Multiaddr, host: str, port: int) -> trio.SocketStream:
+    """Connect to ``host``, on behalf of ``address``.
+
+    Raises:
+        DialError: refused, unreachable, or no such host; the text names ``address``.
+    Cancellation: leaves nothing open.
+    """
+    try:
+        return await trio.open_tcp_stream(host, port)
+    except OSError as error:
+        raise DialError(f"{address}: {_reason(error)}") from error
+
+
+def local_address(stream: trio.SocketStream) -> Multiaddr:
+    """The end of a connection that is on this machine."""
+    host, port = stream.socket.getsockname()[:2]
+    return addresses.tcp(host, port)
+
+
 def _host_port(address: Multiaddr) -> tuple[str, int]:
     where = addresses.host_port(address)
     if where is None:
         raise AddressError(f"{address} is no TCP address (one looks like /ip4/0.0.0.0/tcp/4001)")
     return where
-
-
-def _local(stream: trio.SocketStream) -> Multiaddr:
-    host, port = stream.socket.getsockname()[:2]
-    return addresses.tcp(host, port)
 
 
 def _reason(error: OSError) -> str:

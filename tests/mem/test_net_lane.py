@@ -80,7 +80,9 @@ class Server:
 
 
 @asynccontextmanager
-async def calling(server: Callable[[YamuxStream], Awaitable[None]] | None = None) -> AsyncIterator[tuple[Lane, YamuxStream]]:
+async def calling(
+    server: Callable[[YamuxStream], Awaitable[None]] | None = None,
+) -> AsyncIterator[tuple[Lane, YamuxStream]]:
     async with mux_pair(server or Server()) as (client, _):
         stream = client.open_stream()
         async with Lane(stream, SERVER) as calls:
@@ -98,9 +100,7 @@ async def test_calls_are_answered_in_order(autojump_clock: MockClock) -> None:
             request = Message(header={"a": number, "b": 1}, tensors=[tensor])
             answer = await calls.call("add", request, timeout_s=5)
             assert answer.header == {"sum": number + 1}
-            assert [(t.dtype, t.shape, bytes(t.data)) for t in answer.tensors] == [
-                ("f32", (2, 300_000), tensor.data)
-            ]
+            assert [(t.dtype, t.shape, bytes(t.data)) for t in answer.tensors] == [("f32", (2, 300_000), tensor.data)]
 
 
 async def test_concurrent_calls_wait_for_one_another(autojump_clock: MockClock) -> None:

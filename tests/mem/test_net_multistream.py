@@ -29,7 +29,7 @@ BROKEN = {
     "too long": bytes([(MAX_MESSAGE_BYTES + 1) & 127 | 128, (MAX_MESSAGE_BYTES + 1) >> 7]),
     "length without end": b"\xff" * 10,
     "another protocol": message(b"/multistream/2.0.0"),
-    "http": b"GET / HTTP/1.1\r\n\r\n",
+    "http": b"GET / HTTP/1.1\r\nHost: " + b"x" * 100,
 }
 
 

@@ -264,7 +264,7 @@ async def test_a_listener_that_only_speaks_plaintext_is_refused(autojump_clock: 
 
     async with trio.open_nursery() as nursery, open_host(ALICE, transports=[network.transport()]) as host:
         (address,) = await nursery.start(network.transport().listen, MEMORY_ANY, accept)
-        with pytest.raises(errors.DialError, match="none of /noise, /tls/1.0.0"):
+        with pytest.raises(errors.DialError, match=r"none of /noise, /tls/1\.0\.0"):
             await host.connect(BOB.peer_id, [address])
         nursery.cancel_scope.cancel()
     assert agreed == []
@@ -272,7 +272,7 @@ async def test_a_listener_that_only_speaks_plaintext_is_refused(autojump_clock: 
 
 @pytest.mark.parametrize("name", ["/noise", "/tls/1.0.0"])
 async def test_two_hosts_agree_on_what_both_have(name: str) -> None:
-    makers = {"/noise": NoiseSecurity, "/tls/1.0.0": TlsSecurity}
+    makers: dict[str, Callable[[Identity], Security]] = {"/noise": NoiseSecurity, "/tls/1.0.0": TlsSecurity}
     async with memory_hosts(2, securities=lambda identity: [makers[name](identity)]) as (one, two):
         connection = await one.connect(two.peer_id, two.addresses)
         assert connection.security == name

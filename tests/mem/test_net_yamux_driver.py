@@ -55,10 +55,13 @@ async def test_either_side_opens_streams(autojump_clock: MockClock) -> None:
 @pytest.mark.parametrize("lockstep", [False, True])
 async def test_bulk_both_ways_and_new_streams_do_not_deadlock(lockstep: bool, autojump_clock: MockClock) -> None:
     answers: list[bytes] = []
+    all_answered = trio.Event()
 
     async def many(connection: YamuxConnection, mark: bytes) -> None:
         for _ in range(20):
             answers.append(await ask(connection, mark * 1000))
+            if len(answers) == 160:
+                all_answered.set()
 
     async with (
         mux_pair(on_client=echo, lockstep=lockstep) as (client, server),
@@ -69,8 +72,7 @@ async def test_bulk_both_ways_and_new_streams_do_not_deadlock(lockstep: bool, au
             for _ in range(3):
                 nursery.start_soon(many, connection, mark * 300)
         with trio.fail_after(60):  # virtual: reached only when nothing moves any more
-            while len(answers) < 160:
-                await trio.sleep(1)
+            await all_answered.wait()
     assert {len(answer) for answer in answers} == {1000, 300_000}
 
 
@@ -288,8 +290,11 @@ async def test_a_closed_stream_that_the_peer_keeps_open_is_reset_after_a_minute(
         assert client._core._streams == server._core._streams == {}
 
 
-async def test_a_closed_stream_whose_peer_ended_and_never_reads_is_reset_after_a_minute(autojump_clock: MockClock) -> None:
+async def test_a_closed_stream_whose_peer_ended_and_never_reads_is_reset_after_a_minute(
+    autojump_clock: MockClock,
+) -> None:
     async def ends_and_never_reads(stream: YamuxStream) -> None:
+        await trio.sleep(1)  # after we have closed
         await stream.send_eof()
         await trio.sleep_forever()
 

@@ -16,6 +16,7 @@ import client.session
 import compute.node
 from client.errors import ClientError, InvalidInput, MissingBlocks, SessionFailed, UnknownModel
 from client.models.cache import SessionCache
+from compute.checkpoint import Checkpoint
 from compute.engine import Engine, EngineSettings
 from net.errors import RpcError
 from net.identity import Identity
@@ -80,6 +81,25 @@ async def test_a_session_goes_back(odd: Reference) -> None:
                     session.position = -1
 
         await blocking(back_and_again)
+
+
+async def test_a_session_computes_again_only_what_differs(odd: Reference) -> None:
+    async with swarm_of(odd.folder, TWO) as swarm:
+        model = await swarm.model(odd.folder)
+
+        def changed_prompts() -> None:
+            with model.session() as session:
+                greedy(model, PROMPT, 6, session=session)
+                changed = PROMPT.clone()
+                changed[0, 4:] = torch.tensor([3, 2, 1])
+                session.keep_prefix(changed)
+                assert session.position == 4
+                assert greedy(model, changed, 6, session=session) == greedy(odd.model, changed, 6)
+                session.keep_prefix(changed[:, :3])
+                assert session.position == 2  # the last token is computed again, for its logits
+                assert greedy(model, OTHER, 3, session=session) == greedy(odd.model, OTHER, 3)
+
+        await blocking(changed_prompts)
 
 
 async def test_two_sessions_do_not_disturb_each_other(odd: Reference) -> None:
@@ -592,3 +612,13 @@ async def test_what_a_node_refuses(odd: Reference) -> None:
         nan = Tensor(dtype="f32", shape=(1, 1, 48), data=torch.full((48,), math.nan).numpy().tobytes())
         assert await code(ask(), ("step", Message(header={"position": 0}, tensors=[nan]))) == "not-finite"
         await until(lambda: node.sessions == 0)
+
+
+async def test_other_weights_under_the_same_names_are_refused(odd: Reference, tmp_path: Path) -> None:
+    """The digest of a model says which tensors there are; the digest of its weights, what is in them."""
+    other = make_checkpoint(tmp_path / odd.folder.name, layers=5, heads=6, hidden=48, seed=99)
+    assert Checkpoint.open(other).digest == Checkpoint.open(odd.folder).digest
+    async with swarm_of(other, TWO) as swarm:
+        model = await swarm.model(odd.folder)
+        with pytest.raises(UnknownModel, match="hold other weights than the files here"):
+            await blocking(lambda: greedy(model, PROMPT, 2))

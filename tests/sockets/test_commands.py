@@ -302,17 +302,14 @@ def test_a_bootstrap_that_never_answers(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         where = f"/ip4/127.0.0.1/tcp/{silent.getsockname()[1]}"
         bootstrap = ("--bootstrap", f"{where}/p2p/{Identity.generate().peer_id}")
-        began = time.monotonic()
         with (
             started(tmp_path, "status", *bootstrap) as status,
             started(tmp_path, "serve", "bloom-tiny", *bootstrap) as serving,
         ):
             outcomes = [status.end(timeout_s=30), serving.end(timeout_s=30)]
-        took_s = time.monotonic() - began
     for outcome in outcomes:
         assert (outcome.status, outcome.output) == (1, "")
         assert re.fullmatch(rf"raceme: error: .*{where}.*no answer within .*\n", outcome.errors), outcome.errors
-    assert took_s < ANSWERED_S
 
 
 def test_models_that_cannot_be_had(
@@ -352,7 +349,7 @@ def test_prompts_that_cannot_be_continued(
     failing: Raceme, stack: ExitStack, folder: Path, relay: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "the prompt is empty" in failing(*generate(relay, "bloom-tiny", ""))
-    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
     assert "the prompt is empty" in failing(*generate(relay, "bloom-tiny", "-"))
     short = make_checkpoint(folder / "short-bloom", layers=1)
     node = stack.enter_context(started(folder / "short", *serve(relay, str(short), "--max-length", "20", "--json")))

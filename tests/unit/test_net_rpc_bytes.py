@@ -117,7 +117,9 @@ def test_fields_have_bounds() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(HEADERS, st.lists(tensors(), max_size=3)), max_size=3), st.data())
-def test_messages_round_trip_split_anywhere(content: list[tuple[dict[str, Any], list[Tensor]]], data: st.DataObject) -> None:
+def test_messages_round_trip_split_anywhere(
+    content: list[tuple[dict[str, Any], list[Tensor]]], data: st.DataObject
+) -> None:
     wire = b"".join(bytes(piece) for header, some in content for piece in encode(Message(header=header, tensors=some)))
     decoder = Decoder()
     messages: list[Message] = []
@@ -143,7 +145,7 @@ def test_any_frame_is_a_message_or_the_peers_fault(body: bytes) -> None:
 
 
 def frame(fields: object, body: bytes = b"") -> bytes:
-    header = msgpack.packb(fields)
+    header = bytes(msgpack.packb(fields))
     content = struct.pack(">H", len(header)) + header + body
     return struct.pack(">I", len(content)) + content
 

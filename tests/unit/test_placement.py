@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compute.placement import choose_span, coverage, missing_blocks
+from client.routing import runs_without
+from compute.placement import choose_span, coverage
 from net.protocol.announcement import NodeAnnouncement
 from tests.unit.announcements import node
 
@@ -41,8 +42,8 @@ def test_coverage_counts_speeds_and_at_least_one() -> None:
 
 
 def test_missing_blocks() -> None:
-    assert missing_blocks(4, []) == [(0, 4)]
-    assert missing_blocks(8, [node(1, 1, 2), node(2, 4, 8)]) == [(0, 1), (2, 4)]
+    assert runs_without(4, []) == [(0, 4)]
+    assert runs_without(8, [node(1, 1, 2), node(2, 4, 8)]) == [(0, 1), (2, 4)]
 
 
 others = st.lists(
@@ -72,4 +73,4 @@ def test_one_after_another_they_cover_everything(length: int, nodes: list[NodeAn
     for _ in range(-(-12 // length) * 2):
         start, end = choose_span(12, length, joined)
         joined.append(node(0, start, end, blocks=12))
-    assert missing_blocks(12, joined) == []
+    assert runs_without(12, joined) == []

@@ -1,0 +1,306 @@
+"""The DHT without a network: table, look-up, and what its messages may hold."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from net import addresses
+from net.addresses import Multiaddr
+from net.dht import keys, wire
+from net.dht.lookup import ALPHA, MAX_CANDIDATES, MAX_QUERIES, Lookup
+from net.dht.table import PER_IP_GROUP, Contact, K, RoutingTable
+from net.errors import RemoteProtocolError
+from net.identity import PeerId
+from net.rpc import packing
+
+OWN = PeerId(b"\x00\x04self")
+TARGET = keys.of_name("target")
+
+
+def contact(number: int, host: str | None = None) -> Contact:
+    where = "/memory/1" if host is None else f"/ip4/{host}/tcp/4001"
+    return Contact(peer_id=PeerId(b"\x00\x08" + number.to_bytes(8, "big")), addresses=(Multiaddr(where),))
+
+
+def bucket_of(table: RoutingTable, each: Contact) -> int:
+    return keys.common_prefix(keys.of_peer(OWN), keys.of_peer(each.peer_id))
+
+
+def in_bucket(index: int, count: int) -> list[Contact]:
+    """Contacts that share exactly ``index`` leading bits with us."""
+    table = RoutingTable(OWN)
+    found: list[Contact] = []
+    number = 0
+    while len(found) < count:
+        number += 1
+        if bucket_of(table, contact(number)) == index:
+            found.append(contact(number))
+    return found
+
+
+# The table
+
+
+def test_a_bucket_holds_k_and_keeps_those_that_answer() -> None:
+    table = RoutingTable(OWN)
+    them = in_bucket(0, K + 1)
+    assert [table.add(each) for each in them] == [True] * K + [False]
+    assert len(table) == K
+    assert them[-1].peer_id not in table
+    assert table.add(in_bucket(1, 1)[0])
+
+
+def test_a_newcomer_takes_the_place_of_one_that_failed() -> None:
+    table = RoutingTable(OWN)
+    them = in_bucket(0, K + 1)
+    for each in them[:K]:
+        table.add(each)
+    table.failed(them[3].peer_id)
+    assert them[3].peer_id in table
+    assert table.add(them[K])
+    assert them[3].peer_id not in table
+    assert len(table) == K
+
+
+def test_two_failures_are_enough_and_an_answer_makes_good() -> None:
+    table = RoutingTable(OWN)
+    one, two = in_bucket(0, 2)
+    for each in (one, two):
+        table.add(each)
+        table.failed(each.peer_id)
+    table.add(two)
+    for each in (one, two):
+        table.failed(each.peer_id)
+    assert [each.peer_id in table for each in (one, two)] == [False, True]
+    table.remove(two.peer_id)
+    table.failed(two.peer_id)
+    assert len(table) == 0
+
+
+def test_one_network_gets_two_places_in_a_bucket_and_three_in_all() -> None:
+    table = RoutingTable(OWN)
+    crowd = [Contact(peer_id=each.peer_id, addresses=contact(0, "203.0.113.7").addresses) for each in in_bucket(0, 3)]
+    assert [table.add(each) for each in crowd] == [True, True, False]
+    taken = 2
+    for index in range(1, 5):
+        (peer,) = in_bucket(index, 1)
+        taken += table.add(Contact(peer_id=peer.peer_id, addresses=crowd[0].addresses))
+    assert taken == PER_IP_GROUP
+    assert table.add(Contact(peer_id=crowd[2].peer_id, addresses=contact(0, "203.0.113.8").addresses))
+
+
+def test_neither_ourselves_nor_those_without_address_get_in() -> None:
+    table = RoutingTable(OWN)
+    assert not table.add(Contact(peer_id=OWN, addresses=contact(1).addresses))
+    assert not table.add(Contact(peer_id=contact(1).peer_id, addresses=()))
+    assert len(table) == 0
+
+
+def test_closest_is_sorted_by_distance() -> None:
+    table = RoutingTable(OWN)
+    them = [contact(number) for number in range(40)]
+    kept = [each for each in them if table.add(each)]
+    expected = sorted(kept, key=lambda each: keys.distance(keys.of_peer(each.peer_id), TARGET))
+    assert table.closest(TARGET, 7) == expected[:7]
+    assert table.closest(TARGET) == expected[:K]
+
+
+@given(st.binary(min_size=32, max_size=32), st.binary(min_size=32, max_size=32))
+def test_distance_is_a_metric_and_agrees_with_prefixes(a: bytes, b: bytes) -> None:
+    assert keys.distance(a, b) == keys.distance(b, a)
+    assert (keys.distance(a, b) == 0) == (a == b)
+    bits_a, bits_b = f"{int.from_bytes(a):0256b}", f"{int.from_bytes(b):0256b}"
+    common = next((n for n in range(256) if bits_a[n] != bits_b[n]), 256)
+    assert keys.common_prefix(a, b) == common
+
+
+# Look-ups in a simulated network
+
+
+class World:
+    """Servers with tables made as real ones are: everybody has met some of the others."""
+
+    def __init__(self, count: int, seed: int = 1) -> None:
+        self.random = random.Random(seed)
+        self.contacts = [contact(number) for number in range(count)]
+        self.tables = {each.peer_id: RoutingTable(each.peer_id) for each in self.contacts}
+        for each in self.contacts:
+            for other in self.random.sample(self.contacts, min(count, 200)):
+                self.tables[each.peer_id].add(other)
+        # everybody has looked itself up
+        for each in self.contacts:
+            near = sorted(self.contacts, key=self.distance_to(keys.of_peer(each.peer_id)))[: K + 1]
+            for other in near:
+                self.tables[each.peer_id].add(other)
+        self.asked: list[PeerId] = []
+
+    @staticmethod
+    def distance_to(target: bytes) -> Callable[[Contact], int]:
+        return lambda each: keys.distance(keys.of_peer(each.peer_id), target)
+
+    def closest(self, target: bytes, alive: set[PeerId] | None = None) -> list[Contact]:
+        them = [each for each in self.contacts if alive is None or each.peer_id in alive]
+        return sorted(them, key=self.distance_to(target))[:K]
+
+    def run(self, lookup: Lookup, dead: frozenset[PeerId] = frozenset()) -> None:
+        """Answers come in any order, at most ALPHA are under way."""
+        under_way: list[Contact] = []
+        while True:
+            under_way += lookup.next_queries()
+            assert len(under_way) <= ALPHA
+            if not under_way:
+                return
+            peer_id = under_way.pop(self.random.randrange(len(under_way))).peer_id
+            assert peer_id not in self.asked
+            self.asked.append(peer_id)
+            if peer_id in dead:
+                lookup.failed(peer_id)
+            else:
+                lookup.answered(peer_id, self.tables[peer_id].closest(lookup.target))
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World(400)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_look_up_finds_the_closest_of_hundreds(world: World, seed: int) -> None:
+    world.random = random.Random(seed)
+    world.asked = []
+    target = keys.of_name(f"key {seed}")
+    lookup = Lookup(OWN, target, world.random.sample(world.contacts, 3))
+    world.run(lookup)
+    assert lookup.is_done
+    assert lookup.closest == world.closest(target)
+    assert len(world.asked) <= 60
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_dead_are_skipped(world: World, seed: int) -> None:
+    world.random = random.Random(seed)
+    world.asked = []
+    target = keys.of_name(f"key {seed}")
+    dead = frozenset(each.peer_id for each in world.random.sample(world.contacts, 120))
+    start = [each for each in world.contacts if each.peer_id not in dead][:3]
+    lookup = Lookup(OWN, target, start)
+    world.run(lookup, dead)
+    assert lookup.is_done
+    found = [each.peer_id for each in lookup.closest]
+    assert not dead.intersection(found)
+    alive = {each.peer_id for each in world.contacts} - dead
+    expected = [each.peer_id for each in world.closest(target, alive)]
+    assert found[:10] == expected[:10]
+
+
+def test_a_look_up_without_anybody_is_over_at_once() -> None:
+    lookup = Lookup(OWN, TARGET, [])
+    assert (lookup.next_queries(), lookup.is_done, lookup.closest) == ([], True, [])
+
+
+def test_everybody_dead_ends_a_look_up(world: World) -> None:
+    world.asked = []
+    lookup = Lookup(OWN, TARGET, world.contacts[:30])
+    world.run(lookup, frozenset(each.peer_id for each in world.contacts))
+    assert lookup.is_done
+    assert lookup.closest == []
+    assert len(world.asked) == 30
+
+
+def test_we_are_never_asked() -> None:
+    us = Contact(peer_id=OWN, addresses=contact(1).addresses)
+    lookup = Lookup(OWN, TARGET, [us, contact(1)])
+    (first,) = lookup.next_queries()
+    lookup.answered(first.peer_id, [us])
+    assert lookup.next_queries() == []
+    assert lookup.is_done
+
+
+def test_servers_that_make_up_names_without_end_do_not_keep_a_look_up_going() -> None:
+    lookup = Lookup(OWN, TARGET, [contact(0)])
+    asked = 0
+    made_up = 1
+    while queries := lookup.next_queries():
+        for each in queries:
+            asked += 1
+            lookup.answered(each.peer_id, [contact(number) for number in range(made_up, made_up + K)])
+            made_up += K
+    assert lookup.is_done
+    assert asked <= MAX_QUERIES
+    assert len(lookup._contacts) <= MAX_CANDIDATES
+
+
+def test_servers_that_make_up_ever_nearer_names_do_not_either() -> None:
+    nearer = sorted((contact(number) for number in range(6000)), key=World.distance_to(TARGET), reverse=True)
+    lookup = Lookup(OWN, TARGET, nearer[:1])
+    asked = 0
+    while queries := lookup.next_queries():
+        for each in queries:
+            asked += 1
+            lookup.answered(each.peer_id, nearer[20 * asked : 20 * asked + K])
+    assert lookup.is_done
+    assert asked == MAX_QUERIES
+    assert len(lookup.closest) == K
+    assert len(lookup._contacts) <= MAX_CANDIDATES
+
+
+def test_far_names_do_not_crowd_out_near_ones() -> None:
+    them = sorted((contact(number) for number in range(1000)), key=World.distance_to(TARGET))
+    lookup = Lookup(OWN, TARGET, them[-1:])
+    (first,) = lookup.next_queries()
+    lookup.answered(first.peer_id, them[-MAX_CANDIDATES:])
+    (*_, second) = lookup.next_queries()
+    lookup.answered(second.peer_id, them[:1])
+    assert lookup.next_queries()[0] == them[0]
+
+
+# Messages
+
+
+@given(st.binary(max_size=64))
+def test_any_bytes_are_an_address_that_can_be_used_or_the_peers_fault(data: bytes) -> None:
+    try:
+        (address,) = wire.read_addresses({"a": [data]}, "a")
+    except RemoteProtocolError:
+        return
+    addresses.host_port(address)
+    addresses.websocket_host_port(address)
+    addresses.ip_group(address)
+    assert hash(address) == hash(Multiaddr(str(address)))
+
+
+@pytest.mark.parametrize(
+    "peers",
+    [
+        None,
+        [[b"", []]],
+        [[bytes(65), []]],
+        [["text", []]],
+        [[b"id"]],
+        [b"id"],
+        [[b"id", [b"\xff\xff"]]],
+        [[b"id", [bytes(129)]]],
+        [[b"id", [b"\x04\x7f\0\0\1\x06\x0f\xa1"] * 9]],
+        [[b"id", []]] * (K + 1),
+    ],
+)
+def test_malformed_contacts_are_the_peers_fault(peers: object) -> None:
+    with pytest.raises(RemoteProtocolError):
+        wire.read_contacts({"peers": peers})
+
+
+def test_contacts_round_trip() -> None:
+    them = [contact(number, f"203.0.113.{number}") for number in range(K)]
+    fields = packing.unpack(packing.pack({"peers": wire.write_contacts(them)}))
+    assert wire.read_contacts(fields) == them
+
+
+@pytest.mark.parametrize("key", [None, "x" * 32, bytes(31), bytes(33)])
+def test_keys_have_one_length(key: object) -> None:
+    with pytest.raises(RemoteProtocolError):
+        wire.read_key({"key": key})
