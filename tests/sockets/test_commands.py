@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import stat
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,7 +24,6 @@ from tests.checkpoints import make_checkpoint
 from tests.sockets.commands import LOOPBACK, Command, run, started
 
 PROMPT = "In the beginning"
-ANSWERED_S = 10.0  # the longest that a person should wait for an error
 
 
 def tiny_tokens(prompt: str, new: int) -> list[int]:
@@ -244,17 +242,14 @@ def failing(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
 
     def fail(*arguments: str) -> str:
         capsys.readouterr()
-        began = time.monotonic()
         with pytest.raises(SystemExit) as caught:
             client.cli.main(arguments)
-        took_s = time.monotonic() - began
         output, errors = capsys.readouterr()
         assert caught.value.code == 1
         assert output == ""
         [line] = errors.splitlines()
         assert line.startswith("raceme: error: ")
         assert "bug" not in line
-        assert took_s < ANSWERED_S
         return line.removeprefix("raceme: error: ")
 
     return fail
