@@ -4,7 +4,7 @@ BIN := .venv/bin
 CONSTRAINTS := .ci/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench clean
+.PHONY: help install demo test check bench interop clean
 
 help: ## what can be made here
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,5 +37,8 @@ check: .venv/.ready ## ruff and mypy
 bench: .venv/.ready ## every benchmark, and which goals are missed
 	$(BIN)/python -m tests.bench
 
+interop: .venv/.ready ## our hosts against go-libp2p and js-libp2p (fetches them once; needs npm)
+	$(BIN)/python -m interop
+
 clean: ## remove what was installed
-	rm -rf .venv
+	rm -rf .venv interop/.cache

@@ -3,7 +3,7 @@
 A record travels in libp2p's signed envelope (RFC 0002), under a domain of ours, so that a signature made
 for one purpose proves nothing for another. Its payload is msgpack:
 
-    {"v": 1, "kind": str, "peer": bytes, "seq": int, "issued": int (Unix seconds), "ttl": int (seconds), "body": map}
+    {"v": 1, "kind": str, "key": bytes, "peer": bytes, "seq": int, "issued": int (Unix seconds), "ttl": int (seconds), "body": map}
 
 A record is believed only when the signer is its subject, its ``seq`` is greater than that of the record
 held, and it has not expired. Clocks may differ by an hour; within that, receivers count the ``ttl`` on a
@@ -38,6 +38,7 @@ class Record:
     """A record whose signature has been checked, beside the bytes that prove it."""
 
     kind: str
+    key: bytes  # of the DHT under which it lies; nowhere else is it believed
     peer_id: PeerId
     sequence: int
     issued_s: int
@@ -46,11 +47,12 @@ class Record:
     envelope: bytes
 
 
-def sign(identity: Identity, kind: str, body: Mapping[str, Any], *, ttl_s: int) -> Record:
+def sign(identity: Identity, kind: str, body: Mapping[str, Any], *, key: bytes, ttl_s: int) -> Record:
     """A new record of ``identity`` about itself."""
     fields = {
         "v": VERSION,
         "kind": kind,
+        "key": key,
         "peer": identity.peer_id.to_bytes(),
         "seq": identity.next_sequence(),
         "issued": int(time.time()),
@@ -69,16 +71,17 @@ def sign(identity: Identity, kind: str, body: Mapping[str, Any], *, ttl_s: int) 
     return verify(envelope)
 
 
-def verify(data: bytes, *, now_s: float | None = None) -> Record:
+def verify(data: bytes, *, key: bytes | None = None, now_s: float | None = None) -> Record:
     """Check an envelope and read its record.
 
     Args:
         data: the envelope.
+        key: of the DHT, under which it was found; None for a record that was not looked up.
         now_s: Unix time; the clock's by default.
 
     Raises:
-        RecordError: too large, malformed, badly signed, signed by another than its subject, or expired by
-            more than clocks may differ.
+        RecordError: too large, malformed, badly signed, signed by another than its subject or for another
+            key, or expired by more than clocks may differ.
     """
     if len(data) > MAX_ENVELOPE_BYTES:
         raise RecordError(f"a record of {len(data)} bytes: at most {MAX_ENVELOPE_BYTES} are read")
@@ -93,6 +96,7 @@ def verify(data: bytes, *, now_s: float | None = None) -> Record:
         fields = packing.unpack(envelope.raw_payload)
         record = Record(
             kind=packing.field(fields, "kind", str, max_length=64),
+            key=packing.field(fields, "key", bytes, max_length=64),
             peer_id=PeerId(packing.field(fields, "peer", bytes, max_length=64)),
             sequence=packing.integer(fields, "seq", 0, 2**63),
             issued_s=packing.integer(fields, "issued", 0, 2**40),
@@ -106,6 +110,8 @@ def verify(data: bytes, *, now_s: float | None = None) -> Record:
         raise RecordError(f"a record of version {fields.get('v')!r}, not {VERSION}")
     if PeerId.from_pubkey(envelope.public_key) != record.peer_id:
         raise RecordError(f"a record about {record.peer_id} that somebody else signed")
+    if key is not None and record.key != key:
+        raise RecordError(f"a record of {record.peer_id} that was signed for another key")
     now = time.time() if now_s is None else now_s
     if not record.issued_s - CLOCK_SKEW_S <= now <= record.issued_s + record.ttl_s + CLOCK_SKEW_S:
         raise RecordError(f"a record of {record.peer_id} that expired, or is from the future")

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 class DhtSettings:
     query_s: float = 5.0  # one call to one peer
     pages_s: float = 15.0  # all pages of one peer's records; what came by then counts
+    other_bootstrap_s: float = 0.5  # for the other bootstrap nodes once one has answered
     refresh_s: float = 60.0  # between refreshes of the table
     announce_s: float = 30.0  # between renewals of an announcement
     ttl_s: int = 120  # of an announcement
@@ -75,16 +76,20 @@ class Dht:
     async def _meet_bootstrap(self) -> None:
         failures: list[errors.NetError] = []
 
-        async def meet(peer: PeerAddress) -> None:
-            contact = Contact(peer_id=peer.peer_id, addresses=(peer.address,))
-            try:
-                await self.host.connect(peer.peer_id, [peer.address])
-                await self._find(contact, keys.of_peer(self.host.peer_id), want_records=False)
-                self.table.add(contact)
-            except errors.NetError as error:
-                failures.append(error)
-
         async with trio.open_nursery() as nursery:
+
+            async def meet(peer: PeerAddress) -> None:
+                contact = Contact(peer_id=peer.peer_id, addresses=(peer.address,))
+                try:
+                    await self.host.connect(peer.peer_id, [peer.address])
+                    await self._find(contact, keys.of_peer(self.host.peer_id), want_records=False)
+                except errors.NetError as error:
+                    failures.append(error)
+                else:
+                    self.table.add(contact)
+                    # One is enough to begin with; silent ones must not hold us up.
+                    nursery.cancel_scope.deadline = trio.current_time() + self.settings.other_bootstrap_s
+
             for peer in self._bootstrap:
                 nursery.start_soon(meet, peer)
         if failures and len(failures) == len(self._bootstrap):
@@ -137,14 +142,14 @@ class Dht:
         announced, self._announced = self._announced, {}
         async with trio.open_nursery() as nursery:
             for key, (kind, _) in announced.items():
-                nursery.start_soon(self._put, key, self._sign(kind, {"withdrawn": True}))
+                nursery.start_soon(self._put, key, self._sign(key, kind, {"withdrawn": True}))
 
     async def _publish(self, key: bytes) -> int:
         kind, body = self._announced[key]
-        return await self._put(key, self._sign(kind, body()))
+        return await self._put(key, self._sign(key, kind, body()))
 
-    def _sign(self, kind: str, body: Mapping[str, Any]) -> Record:
-        return records.sign(self.host.identity, kind, body, ttl_s=self.settings.ttl_s)
+    def _sign(self, key: bytes, kind: str, body: Mapping[str, Any]) -> Record:
+        return records.sign(self.host.identity, kind, body, key=key, ttl_s=self.settings.ttl_s)
 
     async def _put(self, key: bytes, record: Record) -> int:
         if self._server:
@@ -216,7 +221,7 @@ class Dht:
     async def _find(self, contact: Contact, target: bytes, *, want_records: bool) -> tuple[list[Contact], list[Record]]:
         answer = await self._call(contact, "find", {"key": target, "records": want_records, "after": b""})
         closer = wire.read_contacts(answer.header)
-        held = self._read_page(contact, answer)
+        held = self._read_page(contact, answer, target)
         after = b""
         with trio.move_on_after(self.settings.pages_s):
             # A page must bring us further, and a hostile server's pages end where an honest one's would.
@@ -225,15 +230,15 @@ class Dht:
                     break
                 after = held[-1].peer_id.to_bytes()
                 answer = await self._call(contact, "find", {"key": target, "records": True, "after": after})
-                held += self._read_page(contact, answer)
+                held += self._read_page(contact, answer, target)
         return closer, held
 
     @staticmethod
-    def _read_page(contact: Contact, answer: Message) -> list[Record]:
+    def _read_page(contact: Contact, answer: Message, target: bytes) -> list[Record]:
         held = []
         for envelope in packing.field(answer.header, "records", list):
             try:
-                held.append(records.verify(packing.field({"r": envelope}, "r", bytes)))
+                held.append(records.verify(packing.field({"r": envelope}, "r", bytes), key=target))
             except errors.RecordError as error:
                 logger.debug("%s passed on %s", contact.peer_id, error)
         return held
@@ -279,7 +284,7 @@ class Dht:
 
     async def _serve(self, connection: Connection, stream: YamuxStream) -> None:
         async def find(message: Message) -> Message:
-            self._note_caller(connection.peer_id, message)
+            self._note_caller(connection, message)
             key = wire.read_key(message.header)
             answer: dict[str, Any] = {"peers": wire.write_contacts(self.table.closest(key, K)), "records": []}
             if message.header.get("records"):
@@ -288,10 +293,10 @@ class Dht:
             return Message(header=answer)
 
         async def store(message: Message) -> Message:
-            self._note_caller(connection.peer_id, message)
+            self._note_caller(connection, message)
             key = wire.read_key(message.header)
             try:
-                record = records.verify(packing.field(message.header, "record", bytes))
+                record = records.verify(packing.field(message.header, "record", bytes), key=key)
                 self.store.put(key, record, trio.current_time())
             except errors.RecordError as error:
                 raise errors.RpcError("bad-record", str(error)) from error
@@ -311,6 +316,7 @@ class Dht:
                 return
             answer["records"].append(record.envelope)
 
-    def _note_caller(self, peer_id: PeerId, message: Message) -> None:
+    def _note_caller(self, connection: Connection, message: Message) -> None:
         if "from" in message.header:
-            self.table.add(Contact(peer_id=peer_id, addresses=wire.read_addresses(message.header, "from")))
+            claimed = wire.read_addresses(message.header, "from")
+            self.table.add(Contact(peer_id=connection.peer_id, addresses=claimed, seen_at=connection.remote))

@@ -9,7 +9,7 @@ Source: Maymounkov and Mazieres, Kademlia (2002), 2.4; limits as in go-libp2p-ka
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from net.addresses import Multiaddr, ip_group
 from net.dht import keys
@@ -22,15 +22,21 @@ PER_IP_GROUP_AND_BUCKET = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Contact:
-    """A DHT server and where it is."""
+    """A DHT server and where it is.
+
+    Attributes:
+        seen_at: where it called from, which it cannot make up; None when it has not.
+    """
 
     peer_id: PeerId
     addresses: tuple[Multiaddr, ...]
+    seen_at: Multiaddr | None = None
 
     @property
     def groups(self) -> frozenset[str]:
         """The IP groups it occupies (loopback has none)."""
-        return frozenset(group for address in self.addresses if (group := ip_group(address)))
+        known = self.addresses if self.seen_at is None else (*self.addresses, self.seen_at)
+        return frozenset(group for address in known if (group := ip_group(address)))
 
 
 @dataclass(kw_only=True)
@@ -61,10 +67,12 @@ class RoutingTable:
             return False
         index = self._bucket(contact.peer_id)
         bucket = self._buckets.setdefault(index, {})
-        if contact.peer_id in bucket:
-            bucket[contact.peer_id] = _Slot(contact=contact)
-            return True
+        known = bucket.pop(contact.peer_id, None)
+        if known is not None and contact.seen_at is None:
+            contact = replace(contact, seen_at=known.contact.seen_at)
         if not self._is_diverse(contact, bucket):
+            if known is not None:
+                bucket[contact.peer_id] = known  # at its old addresses
             return False
         if len(bucket) >= K:
             failed = [peer for peer, slot in bucket.items() if slot.failures]

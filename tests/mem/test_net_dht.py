@@ -183,7 +183,9 @@ async def test_more_records_than_one_answer_holds_come_in_pages(autojump_clock: 
     network = MemoryNetwork()
     async with memory_hosts(2, network=network) as hosts:
         dhts = await joined(hosts)
-        announced = [records.sign(seeded(1000 + number), KIND, {"x": bytes(1000)}, ttl_s=120) for number in range(150)]
+        announced = [
+            records.sign(seeded(1000 + number), KIND, {"x": bytes(1000)}, key=KEY, ttl_s=120) for number in range(150)
+        ]
         for record in announced:
             dhts[0].store.put(KEY, record, trio.current_time())
         async with client_of(hosts[0], network) as client:
@@ -270,15 +272,15 @@ async def lied_to() -> AsyncIterator[tuple[Liar, Dht]]:
 
 
 def forged(victim: Identity, signer: Identity) -> bytes:
-    good = records.sign(victim, KIND, body(), ttl_s=120)
-    own = records.sign(signer, KIND, body(), ttl_s=120)
+    good = records.sign(victim, KIND, body(), key=KEY, ttl_s=120)
+    own = records.sign(signer, KIND, body(), key=KEY, ttl_s=120)
     return own.envelope.replace(own.peer_id.to_bytes(), good.peer_id.to_bytes())
 
 
 async def test_forged_records_are_ignored_and_good_ones_among_them_are_not(autojump_clock: MockClock) -> None:
     async with lied_to() as (liar, dht):
-        good = records.sign(seeded(5), KIND, body(), ttl_s=120)
-        spoilt = bytearray(records.sign(seeded(6), KIND, body(), ttl_s=120).envelope)
+        good = records.sign(seeded(5), KIND, body(), key=KEY, ttl_s=120)
+        spoilt = bytearray(records.sign(seeded(6), KIND, body(), key=KEY, ttl_s=120).envelope)
         spoilt[-1] ^= 1
         liar.answer([b"", b"garbage", forged(seeded(7), seeded(8)), bytes(spoilt), good.envelope])
         assert subjects(await dht.find(KEY, KIND)) == {str(good.peer_id)}
@@ -287,7 +289,7 @@ async def test_forged_records_are_ignored_and_good_ones_among_them_are_not(autoj
 async def test_an_older_record_never_wins(autojump_clock: MockClock) -> None:
     async with lied_to() as (liar, dht):
         identity = seeded(5)
-        old, new = (records.sign(identity, KIND, {"n": n}, ttl_s=120) for n in range(2))
+        old, new = (records.sign(identity, KIND, {"n": n}, key=KEY, ttl_s=120) for n in range(2))
         for held in ([old, new], [new, old]):
             liar.answer([record.envelope for record in held])
             (found,) = await dht.find(KEY, KIND)
@@ -297,8 +299,8 @@ async def test_an_older_record_never_wins(autojump_clock: MockClock) -> None:
 async def test_a_record_of_another_kind_hides_nothing(autojump_clock: MockClock) -> None:
     async with lied_to() as (liar, dht):
         identity = seeded(5)
-        wanted = records.sign(identity, KIND, body(), ttl_s=120)
-        newer = records.sign(identity, "another kind", body(), ttl_s=120)
+        wanted = records.sign(identity, KIND, body(), key=KEY, ttl_s=120)
+        newer = records.sign(identity, "another kind", body(), key=KEY, ttl_s=120)
         liar.answer([wanted.envelope, newer.envelope])
         assert [record.envelope for record in await dht.find(KEY, KIND)] == [wanted.envelope]
 
@@ -338,7 +340,7 @@ async def test_a_server_whose_pages_never_end_is_left(autojump_clock: MockClock)
             nonlocal asked
             asked += 1
             await trio.sleep(1)
-            record = records.sign(next(pages), KIND, body(), ttl_s=120)
+            record = records.sign(next(pages), KIND, body(), key=KEY, ttl_s=120)
             return Message(header={"peers": [], "records": [record.envelope], "more": True})
 
         liar.methods["find"] = find
@@ -350,7 +352,7 @@ async def test_a_server_whose_pages_never_end_is_left(autojump_clock: MockClock)
 
 async def test_a_server_that_repeats_its_page_is_left(autojump_clock: MockClock) -> None:
     async with lied_to() as (liar, dht):
-        record = records.sign(seeded(5), KIND, body(), ttl_s=120)
+        record = records.sign(seeded(5), KIND, body(), key=KEY, ttl_s=120)
         liar.answer([record.envelope], more=True)
         with trio.fail_after(1):
             assert len(await dht.find(KEY, KIND)) == 1
@@ -376,7 +378,7 @@ async def test_servers_take_no_bad_records(bad: str, autojump_clock: MockClock) 
         (server,) = await joined(hosts)
         async with client_of(hosts[0], network) as client:
             identity = seeded(5)
-            old, new = (records.sign(identity, KIND, {"n": n}, ttl_s=120) for n in range(2))
+            old, new = (records.sign(identity, KIND, {"n": n}, key=KEY, ttl_s=120) for n in range(2))
             contact = Contact(peer_id=hosts[0].peer_id, addresses=tuple(hosts[0].addresses))
             await client._call(contact, "store", {"key": KEY, "record": new.envelope})
             envelope = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 
@@ -304,3 +305,19 @@ def test_contacts_round_trip() -> None:
 def test_keys_have_one_length(key: object) -> None:
     with pytest.raises(RemoteProtocolError):
         wire.read_key({"key": key})
+
+
+def test_where_a_peer_calls_from_counts_whatever_it_claims() -> None:
+    """Names and loopback have no IP group, and anybody can claim any address: the connection tells."""
+    table = RoutingTable(OWN)
+    called_from = Multiaddr("/ip4/203.0.113.9/tcp/1")
+    for each in [in_bucket(index, 1)[0] for index in range(PER_IP_GROUP + 1)]:
+        table.add(dataclasses.replace(each, seen_at=called_from))
+    assert len(table) == PER_IP_GROUP
+    settled = table.contacts[0]
+    crowded = dataclasses.replace(in_bucket(5, 1)[0], addresses=(Multiaddr("/ip4/198.51.100.1/tcp/1"),))
+    assert table.add(crowded)
+    assert not table.add(dataclasses.replace(crowded, seen_at=called_from))  # moving there is refused,
+    assert crowded.peer_id in table  # staying is not
+    assert table.add(dataclasses.replace(settled, seen_at=None))
+    assert next(c for c in table.contacts if c.peer_id == settled.peer_id).seen_at == called_from

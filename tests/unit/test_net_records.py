@@ -41,6 +41,7 @@ def fields(**changes: Any) -> dict[str, Any]:
     return {
         "v": 1,
         "kind": "node",
+        "key": b"k" * 32,
         "peer": ALICE.peer_id.to_bytes(),
         "seq": 7,
         "issued": 1_000_000,
@@ -54,7 +55,7 @@ def fields(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_record_round_trips() -> None:
-    record = sign(ALICE, "node", {"model": "bloom"}, ttl_s=120)
+    record = sign(ALICE, "node", {"model": "bloom"}, key=b"k" * 32, ttl_s=120)
     again = verify(record.envelope)
     assert again == record
     assert (again.kind, again.peer_id, again.body, again.ttl_s) == ("node", ALICE.peer_id, {"model": "bloom"}, 120)
@@ -160,7 +161,14 @@ def test_records_have_a_largest_size() -> None:
     with pytest.raises(RecordError):
         verify(bytes(records.MAX_ENVELOPE_BYTES + 1))
     with pytest.raises(RecordError):
-        sign(ALICE, "node", {"x": bytes(records.MAX_ENVELOPE_BYTES)}, ttl_s=120)
+        sign(ALICE, "node", {"x": bytes(records.MAX_ENVELOPE_BYTES)}, key=b"k" * 32, ttl_s=120)
+
+
+def test_a_record_is_believed_only_under_the_key_it_was_signed_for() -> None:
+    record = sign(ALICE, "node", {}, key=b"k" * 32, ttl_s=120)
+    assert verify(record.envelope, key=b"k" * 32).sequence == record.sequence
+    with pytest.raises(RecordError, match="signed for another key"):
+        verify(record.envelope, key=b"l" * 32)
 
 
 # The store
@@ -169,6 +177,7 @@ def test_records_have_a_largest_size() -> None:
 def make(number: int = 1, sequence: int = 1, ttl_s: int = 100, **body: Any) -> Record:
     return Record(
         kind="node",
+        key=b"k" * 32,
         peer_id=PeerId(b"\x00\x04" + number.to_bytes(4, "big")),
         sequence=sequence,
         issued_s=0,

@@ -1,0 +1,80 @@
+"""js-libp2p, through ``js/peer.mjs`` and JSON lines on its standard input and output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import trio
+
+from interop.peers.base import START_S, PeerError, Sight, program
+from interop.peers.fetch import fetch_js
+from net.addresses import PeerAddress, parse_peer
+
+STEP_S = 60.0
+MAX_LINE_BYTES = 64 * 1024
+
+
+class JsDriver:
+    name = "js"
+
+    def fetch(self) -> None:
+        fetch_js()
+
+    @asynccontextmanager
+    async def start(self, transport: str, security: str) -> AsyncIterator[JsPeer]:
+        node, script = fetch_js()
+        async with program([str(node), str(script), transport, security]) as process:
+            peer = JsPeer(process)
+            hello = await peer._receive(START_S)
+            peer.address = parse_peer(hello["addresses"][0])
+            yield peer
+
+
+class JsPeer:
+    address: PeerAddress
+
+    def __init__(self, process: trio.Process) -> None:
+        self._process = process
+        self._said = b""
+        self._calls = 0
+
+    async def echo(self, to: PeerAddress, count: int) -> float:
+        return float((await self._call("echo", to, bytes=count))["seconds"])
+
+    async def ping(self, to: PeerAddress) -> float:
+        return float((await self._call("ping", to))["seconds"])
+
+    async def identify(self, to: PeerAddress) -> Sight:
+        return Sight(**await self._call("identify", to))
+
+    async def _call(self, what: str, to: PeerAddress, **more: Any) -> dict[str, Any]:
+        if self._process.stdin is None:
+            raise PeerError("node has no input")
+        self._calls += 1
+        line = json.dumps({"id": self._calls, "do": what, "address": str(to), **more})
+        await self._process.stdin.send_all(line.encode() + b"\n")
+        while True:
+            answer = await self._receive(STEP_S)
+            if answer["id"] == self._calls:  # an older one belongs to a call that was given up
+                break
+        if "error" in answer:
+            raise PeerError(f"js: {answer['error']}")
+        result: dict[str, Any] = answer["result"]
+        return result
+
+    async def _receive(self, timeout_s: float) -> dict[str, Any]:
+        if self._process.stdout is None:
+            raise PeerError("node has no output")
+        with trio.move_on_after(timeout_s):
+            while b"\n" not in self._said:
+                part = await self._process.stdout.receive_some()
+                if not part or len(self._said) > MAX_LINE_BYTES:
+                    raise PeerError("node ended, or talks without end")
+                self._said += part
+            line, _, self._said = self._said.partition(b"\n")
+            message: dict[str, Any] = json.loads(line)
+            return message
+        raise PeerError(f"node did not answer within {timeout_s:g} s")

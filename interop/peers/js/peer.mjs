@@ -1,0 +1,126 @@
+// A js-libp2p peer, driven by JSON lines: commands on standard input, answers on standard output.
+//
+//   node peer.mjs tcp|ws noise|tls
+//
+// First line out: {"peer": ID, "addresses": [...]}. Then for each {"id", "do", ...} one {"id", "result"} or
+// {"id", "error"}: echo {address, bytes}, ping {address}, identify {address}. Ends with its standard input.
+//
+// The echo protocol: 8 bytes, big-endian, say how many bytes follow; the answer is those bytes. Each side
+// may end its direction after its last byte; the listener ends only after it.
+
+import { randomBytes } from 'node:crypto'
+import { createInterface } from 'node:readline'
+import { noise } from '@chainsafe/libp2p-noise'
+import { yamux } from '@chainsafe/libp2p-yamux'
+import { identify } from '@libp2p/identify'
+import { ping } from '@libp2p/ping'
+import { tcp } from '@libp2p/tcp'
+import { tls } from '@libp2p/tls'
+import { webSockets } from '@libp2p/websockets'
+import { multiaddr } from '@multiformats/multiaddr'
+import { createLibp2p } from 'libp2p'
+
+const ECHO = '/raceme-interop/echo/1'
+const PIECE_BYTES = 64 * 1024
+const STEP_MS = 60_000 // no command takes longer
+
+const [transport, security] = process.argv.slice(2)
+
+async function send (stream, bytes) {
+  if (!stream.send(bytes)) {
+    await stream.onDrain({ signal: AbortSignal.timeout(STEP_MS) })
+  }
+}
+
+async function answer (stream) {
+  const head = Buffer.alloc(8)
+  let seen = 0
+  let left = null
+  for await (const part of stream) {
+    let data = Buffer.from(part.subarray())
+    if (left === null) {
+      const taken = data.copy(head, seen)
+      seen += taken
+      if (seen < 8) continue
+      left = Number(head.readBigUInt64BE())
+      data = data.subarray(taken)
+    }
+    if (data.length > 0) {
+      left -= data.length
+      await send(stream, data)
+    }
+    if (left <= 0) break
+  }
+  await stream.close()
+}
+
+async function echo (node, address, count) {
+  const connection = await node.dial(multiaddr(address))
+  const stream = await connection.newStream(ECHO)
+  const sent = randomBytes(count)
+  const start = performance.now()
+  const sending = (async () => {
+    const head = Buffer.alloc(8)
+    head.writeBigUInt64BE(BigInt(count))
+    await send(stream, head)
+    for (let at = 0; at < count; at += PIECE_BYTES) {
+      await send(stream, sent.subarray(at, at + PIECE_BYTES))
+    }
+  })()
+  const parts = []
+  let received = 0
+  for await (const part of stream) {
+    parts.push(part.subarray())
+    received += part.byteLength
+    if (received >= count) break
+  }
+  await sending
+  const seconds = (performance.now() - start) / 1000
+  await stream.close()
+  if (!Buffer.concat(parts).equals(sent)) {
+    throw new Error(`${received} of ${count} bytes came back, or other ones`)
+  }
+  return { seconds }
+}
+
+const commands = {
+  echo: (node, { address, bytes }) => echo(node, address, bytes),
+  ping: async (node, { address }) => ({ seconds: await node.services.ping.ping(multiaddr(address)) / 1000 }),
+  identify: async (node, { address }) => {
+    const result = await node.services.identify.identify(await node.dial(multiaddr(address)))
+    return {
+      peer: result.peerId.toString(),
+      addresses: result.listenAddrs.map(String),
+      observed: result.observedAddr?.toString() ?? null,
+      protocols: result.protocols,
+      agent: result.agentVersion,
+      version: result.protocolVersion
+    }
+  }
+}
+
+function say (line) {
+  process.stdout.write(JSON.stringify(line) + '\n')
+}
+
+const node = await createLibp2p({
+  addresses: { listen: [`/ip4/127.0.0.1/tcp/0${transport === 'ws' ? '/ws' : ''}`] },
+  transports: [transport === 'ws' ? webSockets() : tcp()],
+  connectionEncrypters: [security === 'tls' ? tls() : noise()],
+  streamMuxers: [yamux()],
+  services: { identify: identify(), ping: ping() }
+})
+await node.handle(ECHO, (stream) => {
+  answer(stream).catch((error) => stream.abort(error))
+})
+say({ peer: node.peerId.toString(), addresses: node.getMultiaddrs().map(String) })
+
+for await (const line of createInterface({ input: process.stdin })) {
+  const command = JSON.parse(line)
+  try {
+    say({ id: command.id, result: await commands[command.do](node, command) })
+  } catch (error) {
+    say({ id: command.id, error: `${error.name}: ${error.message}` })
+  }
+}
+process.exit(0)
