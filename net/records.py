@@ -3,7 +3,9 @@
 A record travels in libp2p's signed envelope (RFC 0002), under a domain of ours, so that a signature made
 for one purpose proves nothing for another. Its payload is msgpack:
 
-    {"v": 1, "kind": str, "key": bytes, "peer": bytes, "seq": int, "issued": int (Unix seconds), "ttl": int (seconds), "body": map}
+    {"v": 1, "kind": str, "key": bytes, "peer": bytes, "seq": int, "issued": int, "ttl": int, "body": map}
+
+``key`` is where it lies in the DHT, ``issued`` in Unix seconds, ``ttl`` in seconds.
 
 A record is believed only when the signer is its subject, its ``seq`` is greater than that of the record
 held, and it has not expired. Clocks may differ by an hour; within that, receivers count the ``ttl`` on a
