@@ -16,7 +16,7 @@ from net.limits import Limits
 from net.mux import core as yamux
 from net.mux.driver import YamuxConnection, YamuxStream
 from net.mux.frames import HEADER_BYTES, Header, Type
-from net.security.base import SecureChannel, Security
+from net.security.base import Buffer, SecureChannel, Security
 from net.transports.base import Transport
 from net.transports.memory import MemoryNetwork, MemoryTransport
 
@@ -76,9 +76,9 @@ class CorePair:
             peer = self.cores[self.other(side)]
             for inbound in (True, False):
                 assert core._counts[inbound] == sum(s.inbound is inbound for s in core._streams.values())
-            data = in_flight(bytes(peer._incoming) + bytes(self.wires[side]), Type.DATA)
+            data = in_flight(peer, bytes(self.wires[side]), Type.DATA)
             own = b"".join(peer._control)
-            updates = in_flight(bytes(core._incoming) + bytes(self.wires[self.other(side)]) + own, Type.WINDOW_UPDATE)
+            updates = in_flight(core, bytes(self.wires[self.other(side)]) + own, Type.WINDOW_UPDATE)
             for stream_id, stream in core._streams.items():
                 theirs = peer._streams.get(stream_id)
                 if theirs is None:
@@ -89,10 +89,13 @@ class CorePair:
                 assert stream.outgoing_bytes == sum(map(len, stream.outgoing))
 
 
-def in_flight(wire: bytes, kind: Type) -> dict[int, int]:
-    """Bytes of data, or of window, on a wire that begins with a whole frame; by stream."""
+def in_flight(receiver: yamux.YamuxCore, wire: bytes, kind: Type) -> dict[int, int]:
+    """Bytes of data, or of window, on their way to ``receiver``, which may be inside a frame; by stream."""
     found: dict[int, int] = defaultdict(int)
-    position = 0
+    wire = receiver._incoming + wire
+    position = receiver._body_left
+    if kind is Type.DATA:
+        found[receiver._body_stream] += receiver._body_left
     while len(wire) - position >= HEADER_BYTES:
         header = Header.decode(wire, position)
         position += HEADER_BYTES
@@ -110,14 +113,11 @@ class PlainChannel(SecureChannel):
     """A secure channel without the security."""
 
     def __init__(self, stream: trio.abc.Stream, remote_peer: PeerId) -> None:
-        self._stream = stream
+        super().__init__(stream)
         self.remote_peer = remote_peer
 
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        await self._stream.send_all(data)
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await self._stream.wait_send_all_might_not_block()
+    def _encrypt(self, pieces: Sequence[Buffer]) -> list[memoryview]:
+        return [memoryview(b"".join(pieces))] if any(pieces) else []
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         return bytes(await self._stream.receive_some(max_bytes))

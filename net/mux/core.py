@@ -2,7 +2,7 @@
 
 The driver feeds ``receive_data`` and acts on the events, calls the stream methods, and sends what
 ``data_to_send`` gives. Small things first: control frames before data, and data of the open streams
-in turn, one frame each, so that no stream waits for more than one frame of every other.
+in turns that share a batch, so that no stream waits for more than one batch of the others.
 
 Flow control: each side may have at most one window of bytes on its way in a stream. Ours is enforced:
 a peer that sends more than it was given has broken the protocol. A window that is used up within four
@@ -21,6 +21,7 @@ from net.mux.frames import HEADER_BYTES, Flags, GoAway, Header, Type
 from net.security.base import RECORD_BYTES
 
 INITIAL_WINDOW_BYTES = 256 * 1024  # the specification's
+MIN_FRAME_BYTES = 4096  # of a stream's turn when many want to send
 FORGOTTEN_FRAME_BYTES = 1024 * 1024  # one frame that was on its way when we reset its stream
 
 
@@ -32,7 +33,7 @@ class YamuxSettings:
     max_inbound_streams: int = 256  # go-libp2p
     max_outbound_streams: int = 256
     max_control_frames: int = 4096  # answers waiting to be sent; more means that the peer does not read
-    frame_bytes: int = RECORD_BYTES - HEADER_BYTES  # a frame and its header fill one record
+    max_frame_bytes: int = 4 * RECORD_BYTES - HEADER_BYTES  # fills four records with its header
     keepalive_s: float = 4.0
     dead_after_s: float = 9.0  # without a single byte
 
@@ -53,7 +54,7 @@ class StreamOpened(NamedTuple):
 
 class DataReceived(NamedTuple):
     stream_id: int
-    data: bytes
+    data: memoryview
 
 
 class StreamEnded(NamedTuple):
@@ -110,16 +111,20 @@ class YamuxCore:
     def __init__(self, *, client: bool, now: float, settings: YamuxSettings | None = None) -> None:
         self.settings = settings or YamuxSettings()
         self.round_trip_s: float | None = None
+        self._least_round_trip_s = 0.0  # without the queues that bulk makes; 0 until measured
         self._next_id = 1 if client else 2
         self._streams: dict[int, _Stream] = {}
-        self._incoming = bytearray()
+        self._incoming = b""  # the beginning of a header
+        self._body_stream = 0  # whose data is coming,
+        self._body_left = 0  # how much more of it,
+        self._body_ends = False  # and whether the stream ends with it
         self._control: deque[bytes] = deque()
         self._ready: deque[int] = deque()  # streams with something to send, in turn
         self._counts = {True: 0, False: 0}  # open streams by inbound
         self._ping: tuple[int, float] | None = None
         self._pings = 0
         self._heard_at = now
-        self._pinged_at = now
+        self._pinged_at = now - self.settings.keepalive_s  # the first tick measures the round trip
         self._going_away = False
         self._peer_going_away = False
 
@@ -208,7 +213,7 @@ class YamuxCore:
         if stream.consumed < stream.window_size // 2:
             return
         increase = stream.consumed
-        quick = self.round_trip_s is not None and now - stream.updated_at < 4 * self.round_trip_s
+        quick = now - stream.updated_at < 4 * self._least_round_trip_s
         if quick and stream.window_size < self.settings.max_window_bytes:
             growth = min(stream.window_size, self.settings.max_window_bytes - stream.window_size)
             increase += growth
@@ -248,19 +253,20 @@ class YamuxCore:
         return bool(self._control or self._ready)
 
     def data_to_send(self, max_bytes: int) -> list[bytes | memoryview]:
-        """Frames worth about ``max_bytes``, at most one of each stream and turn; empty when there is nothing."""
+        """Frames worth about ``max_bytes``, the streams that have something taking turns; empty when there is none."""
         out: list[bytes | memoryview] = list(self._control)
         size = HEADER_BYTES * len(out)
         self._control.clear()
+        share = max(MIN_FRAME_BYTES, max_bytes // max(1, len(self._ready)))
         while self._ready and size < max_bytes:
             stream_id = self._ready.popleft()
             stream = self._streams.get(stream_id)
             if stream is not None:
-                size += self._take_frame(stream_id, stream, out)
+                size += self._take_frame(stream_id, stream, share, out)
         return out
 
-    def _take_frame(self, stream_id: int, stream: _Stream, out: list[bytes | memoryview]) -> int:
-        room = min(self.settings.frame_bytes, stream.send_window)
+    def _take_frame(self, stream_id: int, stream: _Stream, room: int, out: list[bytes | memoryview]) -> int:
+        room = min(room, self.settings.max_frame_bytes, stream.send_window)
         parts: list[memoryview] = []
         count = 0
         while stream.outgoing and count < room:
@@ -289,27 +295,49 @@ class YamuxCore:
     # What comes in
 
     def receive_data(self, data: bytes | bytearray, now: float) -> list[Event]:
-        """Take bytes from the wire.
+        """Take bytes from the wire. A frame's data is passed on as it comes, without waiting for its end.
 
         Raises:
             RemoteProtocolError: the peer broke the protocol; the connection must be closed.
         """
         self._heard_at = now
-        self._incoming += data
+        data = self._incoming + data if self._incoming else bytes(data)
+        view = memoryview(data)
         events: list[Event] = []
         position = 0
-        while len(self._incoming) - position >= HEADER_BYTES:
-            header = Header.decode(self._incoming, position)
-            end = position + HEADER_BYTES
-            if header.type is Type.DATA:
-                self._check_window(header)
-                end += header.length
-                if len(self._incoming) < end:
+        while True:
+            if self._body_left:
+                body = view[position : position + self._body_left]
+                if not body:
                     break
-            self._receive_frame(header, bytes(self._incoming[position + HEADER_BYTES : end]), now, events)
-            position = end
-        del self._incoming[:position]
+                position += len(body)
+                self._receive_body(body, events)
+            elif len(view) - position >= HEADER_BYTES:
+                header = Header.decode(data, position)
+                position += HEADER_BYTES
+                self._receive_header(header, now, events)
+            else:
+                break
+        self._incoming = bytes(view[position:])
         return events
+
+    def _receive_header(self, header: Header, now: float, events: list[Event]) -> None:
+        if header.type is Type.PING:
+            self._receive_ping(header, now, events)
+        elif header.type is Type.GO_AWAY:
+            self._peer_going_away = True
+            events.append(PeerGoesAway(header.length))
+        else:
+            self._receive_stream_frame(header, now, events)
+
+    def _receive_body(self, body: memoryview, events: list[Event]) -> None:
+        stream = self._streams.get(self._body_stream)
+        if stream is not None:
+            stream.receive_window -= len(body)
+            events.append(DataReceived(self._body_stream, body))
+        self._body_left -= len(body)
+        if not self._body_left and self._body_ends and stream is not None:
+            self._receive_end(self._body_stream, stream, events)
 
     def _check_window(self, header: Header) -> None:
         stream = self._streams.get(header.stream_id)
@@ -321,26 +349,22 @@ class YamuxCore:
                 f"{header.length} bytes for stream {header.stream_id}, which has room for {allowed}"
             )
 
-    def _receive_frame(self, header: Header, body: bytes, now: float, events: list[Event]) -> None:
-        if header.type is Type.PING:
-            self._receive_ping(header, now, events)
-        elif header.type is Type.GO_AWAY:
-            self._peer_going_away = True
-            events.append(PeerGoesAway(header.length))
-        else:
-            self._receive_stream_frame(header, body, now, events)
-
     def _receive_ping(self, header: Header, now: float, events: list[Event]) -> None:
         if header.flags & Flags.SYN:
             self._answer(Header(Type.PING, Flags.ACK, 0, header.length))
         elif self._ping is not None and header.length == self._ping[0]:
             sample = now - self._ping[1]
             self._ping = None
+            self._least_round_trip_s = min(sample, self._least_round_trip_s or sample)
             previous = self.round_trip_s
             self.round_trip_s = sample if previous is None else 0.8 * previous + 0.2 * sample
             events.append(PingAnswered(sample))
 
-    def _receive_stream_frame(self, header: Header, body: bytes, now: float, events: list[Event]) -> None:
+    def _receive_stream_frame(self, header: Header, now: float, events: list[Event]) -> None:
+        if header.type is Type.DATA:
+            self._check_window(header)
+            self._body_stream, self._body_left = header.stream_id, header.length
+            self._body_ends = bool(header.flags & Flags.FIN)
         if header.flags & Flags.SYN and not self._receive_syn(header.stream_id, now, events):
             return
         stream = self._streams.get(header.stream_id)
@@ -350,21 +374,21 @@ class YamuxCore:
             self._remove(header.stream_id)
             events.append(StreamReset(header.stream_id))
             return
-        if header.type is Type.WINDOW_UPDATE:
-            if header.length:
-                stream.send_window += header.length
-                if stream.send_window > 0xFFFFFFFF:
-                    raise RemoteProtocolError(f"stream {header.stream_id} was given a window beyond 4 GiB")
-                self._schedule(header.stream_id, stream)
-                events.append(WindowOpened(header.stream_id))
-        elif body:
-            if stream.state is State.REMOTE_ENDED:
-                raise RemoteProtocolError(f"data after the end of stream {header.stream_id}")
-            stream.receive_window -= len(body)
-            events.append(DataReceived(header.stream_id, body))
-        if header.flags & Flags.FIN and stream.state is not State.REMOTE_ENDED:
-            events.append(StreamEnded(header.stream_id))
-            self._half_close(header.stream_id, stream, State.REMOTE_ENDED)
+        if header.length and header.type is Type.WINDOW_UPDATE:
+            stream.send_window += header.length
+            if stream.send_window > 0xFFFFFFFF:
+                raise RemoteProtocolError(f"stream {header.stream_id} was given a window beyond 4 GiB")
+            self._schedule(header.stream_id, stream)
+            events.append(WindowOpened(header.stream_id))
+        elif header.length and stream.state is State.REMOTE_ENDED:
+            raise RemoteProtocolError(f"data after the end of stream {header.stream_id}")
+        if header.flags & Flags.FIN and not self._body_left:
+            self._receive_end(header.stream_id, stream, events)
+
+    def _receive_end(self, stream_id: int, stream: _Stream, events: list[Event]) -> None:
+        if stream.state is not State.REMOTE_ENDED:
+            events.append(StreamEnded(stream_id))
+            self._half_close(stream_id, stream, State.REMOTE_ENDED)
 
     def _receive_syn(self, stream_id: int, now: float, events: list[Event]) -> bool:
         if stream_id % 2 == self._next_id % 2:

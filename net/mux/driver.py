@@ -14,10 +14,12 @@ import trio
 from net import errors
 from net.mux import core as yamux
 from net.mux.frames import GoAway
-from net.security.base import SecureChannel
+from net.security.base import RECORD_BYTES, SecureChannel
 
 PROTOCOL_ID = "/yamux/1.0.0"
-SEND_BATCH_BYTES = 256 * 1024
+MIN_BATCH_BYTES = 16 * 1024
+MAX_BATCH_BYTES = 4 * RECORD_BYTES
+TARGET_BATCH_S = 0.001
 STREAM_SEND_BUFFER_BYTES = 256 * 1024  # waiting in one stream before send_all waits too
 GOODBYE_S = 1.0
 LINGER_S = 60.0  # for the peer's end of a stream that we closed
@@ -70,7 +72,9 @@ class YamuxStream(trio.abc.HalfCloseableStream):
                 raise self._failure
             room = STREAM_SEND_BUFFER_BYTES - self.connection._core.unsent(self.stream_id)
             if view and room > 0:
-                self.connection._send(self.stream_id, bytes(view[:room]))
+                part = view[:room]
+                # What may change before it is sent is copied; bytes cannot.
+                self.connection._send(self.stream_id, part if isinstance(view.obj, bytes) else memoryview(bytes(part)))
                 view = view[room:]
             elif view:
                 await self._writable.park()
@@ -106,8 +110,8 @@ class YamuxStream(trio.abc.HalfCloseableStream):
             self._wake()
         await trio.lowlevel.checkpoint()
 
-    def _feed(self, data: bytes) -> None:
-        self._received.append(memoryview(data))
+    def _feed(self, data: memoryview) -> None:
+        self._received.append(data)
         self._readable.unpark_all()
 
     def _end(self) -> None:
@@ -133,7 +137,8 @@ class YamuxConnection:
         self._streams: dict[int, YamuxStream] = {}
         self._closed_here: dict[int, float] = {}  # streams whose peer has not ended yet, until when it may
         self._serving = 0
-        self._sending = False
+        self._batch_bytes = MAX_BATCH_BYTES
+        self._writer_scope = trio.CancelScope(shield=True)
         self._wake_writer = trio.Event()
         self._failure: errors.NetError | None = None
         self._closing = False
@@ -174,8 +179,6 @@ class YamuxConnection:
             self._fail(failure if isinstance(failure, errors.NetError) else errors.ConnectionLost(str(failure)))
         finally:
             self._fail(errors.ConnectionLost("the connection was closed"))
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + GOODBYE_S):
-                await self._say_goodbye()
             await trio.aclose_forcefully(self._channel)
 
     def open_stream(self) -> YamuxStream:
@@ -206,8 +209,7 @@ class YamuxConnection:
             while data := await self._channel.receive_some():
                 for event in self._core.receive_data(data, trio.current_time()):
                     self._handle(event, on_stream, nursery)
-                if self._core.has_data_to_send:
-                    self._wake_writer.set()
+                self._kick()
         except trio.BrokenResourceError as error:
             failure = errors.ConnectionLost(f"the connection broke ({error})")
         except trio.ClosedResourceError:
@@ -219,48 +221,78 @@ class YamuxConnection:
         nursery.cancel_scope.cancel()
 
     async def _write(self, cancel_scope: trio.CancelScope) -> None:
-        try:
-            while True:
-                while self._core.has_data_to_send:
-                    self._sending = True
-                    await self._channel.send_all(b"".join(self._core.data_to_send(SEND_BATCH_BYTES)))
-                    self._sending = False
-                    for stream_id, stream in list(self._streams.items()):
-                        stream._writable.unpark_all()
-                        self._forget_ended(stream_id)
-                if self._closing:
-                    break
-                self._wake_writer = trio.Event()
-                await self._wake_writer.wait()
-        except trio.BrokenResourceError:
-            self._fail(errors.ConnectionLost("the connection broke"))
-        except trio.ClosedResourceError:
-            pass
+        """Send what there is until the connection is closed; then what is left, and goodbye.
+
+        Shielded, so that being closed never cuts a record; ``_keep_alive`` sets the deadline when it ends.
+        """
+        with self._writer_scope:
+            try:
+                await self._write_all()
+                await self._channel.aclose()  # TLS and WebSocket have goodbyes of their own
+            except trio.BrokenResourceError:
+                self._fail(errors.ConnectionLost("the connection broke"))
+            except trio.ClosedResourceError:
+                pass
         cancel_scope.cancel()
 
-    async def _keep_alive(self, cancel_scope: trio.CancelScope) -> None:
+    async def _write_all(self) -> None:
         while True:
-            await trio.sleep_until(self._core.deadline())
-            if not self._core.tick(trio.current_time()):
-                self._fail(errors.ConnectionLost("the peer has stopped answering"))
-                cancel_scope.cancel()
+            while self._channel.has_unsent or self._core.has_data_to_send:
+                started = trio.current_time()
+                if not self._channel.has_unsent:
+                    self._channel.put(self._core.data_to_send(self._batch_bytes))
+                await self._channel.flush()
+                self._tune_batch(trio.current_time() - started)
+                self._after_sending()
+                await trio.lowlevel.checkpoint()
+            if self._closing:
                 return
-            for stream_id, until in list(self._closed_here.items()):
-                if trio.current_time() >= until or not self._core.is_open(stream_id):
-                    del self._closed_here[stream_id]
-                    self._core.reset(stream_id)
+            self._wake_writer = trio.Event()
+            await self._wake_writer.wait()
+
+    def _kick(self) -> None:
+        """Send now what goes at once, and leave the rest to the writer task.
+
+        Most messages are small and find the way free: they leave here, without a turn of the event loop.
+        """
+        if not self._channel.has_unsent and self._core.has_data_to_send and self._failure is None:
+            try:
+                self._channel.put(self._core.data_to_send(self._batch_bytes))
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass  # the writer meets the same, and tells everybody
+            else:
+                self._after_sending()
+        if self._channel.has_unsent or self._core.has_data_to_send or self._closing:
             self._wake_writer.set()
 
-    async def _say_goodbye(self) -> None:
-        self._core.go_away()
-        if self._sending:  # a record was cut in the middle: nothing that follows would be understood
-            return
+    def _after_sending(self) -> None:
+        for stream_id, stream in list(self._streams.items()):
+            stream._writable.unpark_all()
+            self._forget_ended(stream_id)
+
+    def _tune_batch(self, seconds: float) -> None:
+        """What is said next waits for the batch that is being sent: make one last about a millisecond."""
+        if seconds < TARGET_BATCH_S:
+            self._batch_bytes = min(2 * self._batch_bytes, MAX_BATCH_BYTES)
+        elif seconds > 4 * TARGET_BATCH_S:
+            self._batch_bytes = max(self._batch_bytes // 2, MIN_BATCH_BYTES)
+
+    async def _keep_alive(self, cancel_scope: trio.CancelScope) -> None:
         try:
-            if self._core.has_data_to_send:
-                await self._channel.send_all(b"".join(self._core.data_to_send(SEND_BATCH_BYTES)))
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # the other side is gone already: nobody to say it to
-        await self._channel.aclose()  # TLS and WebSocket have goodbyes of their own
+            while True:
+                await trio.sleep_until(self._core.deadline())
+                if not self._core.tick(trio.current_time()):
+                    self._fail(errors.ConnectionLost("the peer has stopped answering"))
+                    cancel_scope.cancel()
+                    return
+                for stream_id, until in list(self._closed_here.items()):
+                    if trio.current_time() >= until or not self._core.is_open(stream_id):
+                        del self._closed_here[stream_id]
+                        self._core.reset(stream_id)
+                self._wake_writer.set()
+        finally:
+            self._writer_scope.deadline = trio.current_time() + GOODBYE_S
+            self.close()
 
     # Events
 
@@ -313,14 +345,14 @@ class YamuxConnection:
 
     # What streams call
 
-    def _send(self, stream_id: int, data: bytes) -> None:
+    def _send(self, stream_id: int, data: memoryview) -> None:
         self._core.send(stream_id, data)
-        self._wake_writer.set()
+        self._kick()
 
     def _consumed(self, stream_id: int, count: int) -> None:
         self._core.consumed(stream_id, count, trio.current_time())
         if self._core.has_data_to_send:
-            self._wake_writer.set()
+            self._kick()
 
     def _end(self, stream_id: int) -> None:
         self._core.end(stream_id)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Sequence
 from typing import Protocol
 
 import trio
 
 from net.identity import PeerId
+from net.transports.base import RawStream
+
+Buffer = bytes | bytearray | memoryview
 
 # A Noise record carries at most 65,519 bytes of plaintext; whoever writes in pieces of this size
 # fills records exactly, on either protocol.
@@ -16,13 +22,66 @@ RECORD_BYTES = 65_519
 class SecureChannel(trio.abc.Stream):
     """An authenticated, encrypted byte stream.
 
-    One task may send while another receives. A ``send_all`` or ``receive_some`` that is cancelled
-    leaves the channel unusable in that direction: only tasks that live as long as the channel call them.
-    ``receive_some`` raises ``trio.BrokenResourceError`` when bytes were tampered with, and returns
-    ``b""`` at the end.
+    One task may send while another receives. Sending has two steps: ``put`` encrypts and sends what goes at
+    once, ``flush`` waits until the rest is gone; ``send_all`` is both. After a ``flush`` that was cancelled
+    nothing more can be sent. A ``receive_some`` that is cancelled has lost nothing; it raises
+    ``trio.BrokenResourceError`` when bytes were tampered with, and returns ``b""`` at the end.
     """
 
     remote_peer: PeerId
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self._stream = stream
+        self._unsent: deque[memoryview] = deque()
+
+    def put(self, pieces: Sequence[Buffer]) -> None:
+        """Encrypt ``pieces`` as one run of bytes; send them now, as far as possible, if nothing waits.
+
+        Raises:
+            trio.BrokenResourceError, trio.ClosedResourceError: the connection is gone.
+        """
+        waiting = bool(self._unsent)
+        self._unsent += self._encrypt(pieces)
+        if not waiting and isinstance(self._stream, RawStream):
+            while self._unsent:
+                sent = self._stream.try_send(self._unsent[0])
+                if sent < len(self._unsent[0]):
+                    self._unsent[0] = self._unsent[0][sent:]
+                    return
+                self._unsent.popleft()
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether ``flush`` has something to wait for."""
+        return bool(self._unsent)
+
+    async def flush(self) -> None:
+        """Send all that was put. One task at a time."""
+        while self._unsent:
+            if isinstance(self._stream, RawStream):
+                sent = self._stream.try_send(self._unsent[0])
+                if not sent:
+                    await self._stream.wait_send_all_might_not_block()
+                    continue
+            else:
+                sent = len(self._unsent[0])
+                await self._stream.send_all(self._unsent[0])
+            if sent < len(self._unsent[0]):
+                self._unsent[0] = self._unsent[0][sent:]
+            else:
+                self._unsent.popleft()
+
+    async def send_all(self, data: Buffer) -> None:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self.put([data])
+        await self.flush()
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    @abstractmethod
+    def _encrypt(self, pieces: Sequence[Buffer]) -> list[memoryview]:
+        """What goes on the wire for ``pieces``."""
 
 
 class Security(Protocol):

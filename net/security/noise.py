@@ -11,6 +11,7 @@ Source: https://github.com/libp2p/specs/tree/master/noise
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Any, cast
 
 import trio
@@ -24,10 +25,15 @@ from libp2p.security.noise.patterns import PatternXX
 from net.errors import ConnectionLost, PeerIdMismatch, RemoteProtocolError
 from net.identity import Identity, PeerId
 from net.io import receive_exactly, send
-from net.security.base import RECORD_BYTES, SecureChannel
+from net.security.base import RECORD_BYTES, Buffer, SecureChannel
+from net.transports.base import RawStream
 
+LENGTH_BYTES = 2
 TAG_BYTES = 16
-RECEIVE_BYTES = 256 * 1024
+_LENGTH = struct.Struct(">H")
+_NONCE = struct.Struct("<4xQ")
+RECEIVE_BUFFER_BYTES = 512 * 1024
+SEND_BUFFER_BYTES = 5 * RECORD_BYTES
 
 
 class NoiseSecurity:
@@ -95,62 +101,97 @@ class NoiseChannel(SecureChannel):
     """Records over a raw stream. Both nonces start at 0 after the handshake."""
 
     def __init__(self, stream: trio.abc.Stream, remote_peer: PeerId, *, send_key: bytes, receive_key: bytes) -> None:
+        super().__init__(stream)
         self.remote_peer = remote_peer
-        self._stream = stream
         self._seal = ChaCha20Poly1305(send_key)
         self._open = ChaCha20Poly1305(receive_key)
         self._sent = 0
         self._received = 0
-        self._incoming = bytearray()
-        self._plain = memoryview(b"")
+        # Kept for the life of the channel: fresh memory of this size costs more in page faults than the cipher.
+        self._plain_out = memoryview(bytearray(SEND_BUFFER_BYTES))
+        self._sealed_out = memoryview(bytearray(SEND_BUFFER_BYTES))
+        self._incoming = memoryview(bytearray(RECEIVE_BUFFER_BYTES))
+        self._start = self._end = 0  # of what lies in it
+        self._plain = b""  # of a record that was read in part
 
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        view = memoryview(data)
-        out: list[bytes] = []
-        for start in range(0, len(view), RECORD_BYTES):
-            piece = view[start : start + RECORD_BYTES]
-            sealed = self._seal.encrypt(_nonce(self._sent), piece, None)
+    def _encrypt(self, pieces: Sequence[Buffer]) -> list[memoryview]:
+        plain, size = self._gather(pieces)
+        records = -(-size // RECORD_BYTES)
+        out = self._out_buffer(size + records * (LENGTH_BYTES + TAG_BYTES))
+        position = 0
+        for start in range(0, size, RECORD_BYTES):
+            piece = plain[start : min(start + RECORD_BYTES, size)]
+            body = position + LENGTH_BYTES
+            end = body + len(piece) + TAG_BYTES
+            _LENGTH.pack_into(out, position, end - body)
+            self._seal.encrypt_into(_NONCE.pack(self._sent), piece, None, out[body:end])
             self._sent += 1
-            out += (struct.pack(">H", len(sealed)), sealed)
-        await self._stream.send_all(b"".join(out))
+            position = end
+        return [out[:position]] if records else []
 
-    async def wait_send_all_might_not_block(self) -> None:
-        await self._stream.wait_send_all_might_not_block()
+    def _gather(self, pieces: Sequence[Buffer]) -> tuple[memoryview, int]:
+        """The pieces one after another, and how many bytes they are."""
+        if len(pieces) == 1:
+            single = memoryview(pieces[0]).cast("B")
+            return single, len(single)
+        size = sum(map(len, pieces))
+        if size > len(self._plain_out):
+            return memoryview(b"".join(pieces)), size
+        position = 0
+        for piece in pieces:
+            self._plain_out[position : position + len(piece)] = piece
+            position += len(piece)
+        return self._plain_out, size
+
+    def _out_buffer(self, size: int) -> memoryview:
+        """Memory for ``size`` bytes of records: ours, unless it is in use or too small."""
+        if self._unsent or size > len(self._sealed_out):
+            return memoryview(bytearray(size))
+        return self._sealed_out
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         while not self._plain:
-            record = self._next_record()
-            if record is not None:
-                self._plain = memoryview(record)
-                continue
-            more = await self._stream.receive_some(RECEIVE_BYTES)
-            if not more:
-                if self._incoming:
+            plain = self._next_record()
+            if plain is not None:
+                self._plain = plain
+            elif not await self._receive_more():
+                if self._end > self._start:
                     raise trio.BrokenResourceError("the stream ended inside a Noise record")
                 return b""
-            self._incoming += more
-        end = len(self._plain) if max_bytes is None else max_bytes
-        part, self._plain = bytes(self._plain[:end]), self._plain[end:]
-        return part
+        plain, self._plain = self._plain, b""
+        if max_bytes is not None and len(plain) > max_bytes:
+            plain, self._plain = plain[:max_bytes], plain[max_bytes:]
+        return plain
+
+    async def _receive_more(self) -> bool:
+        """Whether anything came; what is there moves to the front of the buffer first."""
+        count = self._end - self._start
+        if self._start:
+            self._incoming[:count] = self._incoming[self._start : self._end]
+            self._start, self._end = 0, count
+        if isinstance(self._stream, RawStream):
+            received = await self._stream.receive_into(self._incoming[count:])
+        else:
+            data = await self._stream.receive_some(len(self._incoming) - count)
+            received = len(data)
+            self._incoming[count : count + received] = data
+        self._end += received
+        return received > 0
 
     def _next_record(self) -> bytes | None:
-        if len(self._incoming) < 2:
+        body = self._start + LENGTH_BYTES
+        if body > self._end:
             return None
-        end = 2 + int.from_bytes(self._incoming[:2], "big")
-        if len(self._incoming) < end:
+        end = body + _LENGTH.unpack_from(self._incoming, self._start)[0]
+        if end > self._end:
             return None
         try:
-            with memoryview(self._incoming) as view:
-                plain = self._open.decrypt(_nonce(self._received), view[2:end], None)
+            plain = self._open.decrypt(_NONCE.pack(self._received), self._incoming[body:end], None)
         except (InvalidTag, ValueError) as error:
             raise trio.BrokenResourceError("a Noise record failed its authentication") from error
         self._received += 1
-        del self._incoming[:end]
+        self._start = end
         return plain
 
     async def aclose(self) -> None:
         await self._stream.aclose()
-
-
-def _nonce(counter: int) -> bytes:
-    return struct.pack("<4xQ", counter)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Sequence
 
 import trio
 from cryptography import x509
@@ -23,11 +24,11 @@ from OpenSSL import SSL
 
 from net.errors import ConnectionLost, PeerIdMismatch, RemoteProtocolError
 from net.identity import Identity, PeerId
-from net.security.base import SecureChannel
+from net.security.base import Buffer, SecureChannel
 
 ALPN = [b"libp2p"]
 SIGNATURE_PREFIX = b"libp2p-tls-handshake:"
-RECEIVE_BYTES = 256 * 1024
+RECEIVE_BYTES = 512 * 1024
 SEND_BYTES = 1024 * 1024
 
 
@@ -85,9 +86,10 @@ class TlsChannel(SecureChannel):
     """Application data through an OpenSSL connection in memory; all network I/O is trio's."""
 
     def __init__(self, stream: trio.abc.Stream, connection: SSL.Connection) -> None:
-        self._stream = stream
+        super().__init__(stream)
         self._tls = connection
         self._ended = False
+        self._closed_by_peer = False
 
     async def handshake(self) -> None:
         while True:
@@ -101,32 +103,39 @@ class TlsChannel(SecureChannel):
                 raise trio.BrokenResourceError("the stream ended during the handshake")
         await self._flush()
 
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        view = memoryview(data)
-        for start in range(0, len(view), SEND_BYTES):
-            piece = view[start : start + SEND_BYTES]
-            while piece:
+    def _encrypt(self, pieces: Sequence[Buffer]) -> list[memoryview]:
+        for piece in pieces:
+            view = memoryview(piece).cast("B")
+            while view:
                 try:
-                    piece = piece[self._tls.send(piece) :]
+                    view = view[self._tls.send(view[:SEND_BYTES]) :]
                 except SSL.Error as error:
                     raise trio.BrokenResourceError("TLS refused to send") from error
-            await self._flush()
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await self._stream.wait_send_all_might_not_block()
+        return self._take_records()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         while True:
-            try:
-                return bytes(self._tls.recv(RECEIVE_BYTES if max_bytes is None else max_bytes))
-            except SSL.WantReadError:
-                await self._feed()
-            except SSL.ZeroReturnError:
-                return b""
-            except SSL.Error as error:
-                if self._ended:
-                    raise trio.BrokenResourceError("the stream ended without TLS's close_notify") from None
-                raise trio.BrokenResourceError("a TLS record failed its authentication") from error
+            plain = self._decrypt(RECEIVE_BYTES if max_bytes is None else max_bytes)
+            if plain or self._closed_by_peer:
+                return plain
+            await self._feed()
+
+    def _decrypt(self, max_bytes: int) -> bytes:
+        """As much as there is and may be: a TLS record holds 16 KiB at most, so several are opened."""
+        parts: list[bytes] = []
+        try:
+            while max_bytes > 0:
+                parts.append(self._tls.recv(max_bytes))
+                max_bytes -= len(parts[-1])
+        except SSL.WantReadError:
+            pass  # all that has come is opened
+        except SSL.ZeroReturnError:
+            self._closed_by_peer = True
+        except SSL.Error as error:
+            if not parts:  # what came before is good; the error comes again
+                why = "the stream ended without TLS's close_notify" if self._ended else "a TLS record was not authentic"
+                raise trio.BrokenResourceError(why) from error
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def aclose(self) -> None:
         try:
@@ -146,15 +155,18 @@ class TlsChannel(SecureChannel):
             self._ended = True
             self._tls.bio_shutdown()
 
-    async def _flush(self) -> None:
-        out: list[bytes] = []
+    def _take_records(self) -> list[memoryview]:
+        out: list[memoryview] = []
         while True:
             try:
-                out.append(self._tls.bio_read(SEND_BYTES))
+                out.append(memoryview(self._tls.bio_read(SEND_BYTES)))
             except SSL.WantReadError:
-                break
-        if out:
-            await self._stream.send_all(b"".join(out))
+                return out
+
+    async def _flush(self) -> None:
+        """Send what OpenSSL wants to say of its own: handshakes and alerts."""
+        self._unsent += self._take_records()
+        await self.flush()
 
 
 def _certificate(identity: Identity, key: ec.EllipticCurvePrivateKey) -> x509.Certificate:

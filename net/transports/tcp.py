@@ -11,19 +11,21 @@ from net import addresses
 from net.addresses import Multiaddr
 from net.errors import AddressError, DialError
 from net.transports.base import Accept, RawConnection
+from net.transports.socket_stream import SocketStream
 
 BACKLOG = 1024
 
 
 class TcpTransport:
-    """Plain TCP sockets through trio (TCP_NODELAY is trio's default)."""
+    """Plain TCP sockets, opened by trio (which sets TCP_NODELAY)."""
 
     def can_dial(self, address: Multiaddr) -> bool:
         return addresses.host_port(address) is not None
 
     async def dial(self, address: Multiaddr) -> RawConnection:
         stream = await connect(address, *_host_port(address))
-        return RawConnection(stream=stream, local=local_address(stream), remote=address)
+        local = local_address(stream)
+        return RawConnection(stream=SocketStream(stream), local=local, remote=address)
 
     async def listen(
         self,
@@ -49,9 +51,8 @@ class TcpTransport:
             except OSError:  # gone before we looked
                 await trio.aclose_forcefully(stream)
                 return
-            await accept(
-                RawConnection(stream=stream, local=local_address(stream), remote=addresses.tcp(peer[0], peer[1]))
-            )
+            local, remote = local_address(stream), addresses.tcp(peer[0], peer[1])
+            await accept(RawConnection(stream=SocketStream(stream), local=local, remote=remote))
 
         bound = [addresses.tcp(*listener.socket.getsockname()[:2]) for listener in listeners]
         async with trio.open_nursery() as nursery:

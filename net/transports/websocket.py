@@ -38,6 +38,7 @@ from net.errors import AddressError, DialError
 from net.io import SingleUse, check_max_bytes
 from net.nurseries import open_service_nursery
 from net.transports.base import Accept, RawConnection
+from net.transports.socket_stream import SocketStream
 from net.transports.tcp import TcpTransport, connect, local_address
 
 FRAME_BYTES = 64 * 1024
@@ -58,10 +59,11 @@ class WebSocketTransport:
 
     async def dial(self, address: Multiaddr) -> RawConnection:
         host, port = _host_port(address)
-        tcp = await connect(address, host, port)
+        connected = await connect(address, host, port)
+        local = local_address(connected).encapsulate(SUFFIX)
+        tcp = SocketStream(connected)
         opening = Request(host=f"[{host}]:{port}" if ":" in host else f"{host}:{port}", target="/")
         try:
-            local = local_address(tcp).encapsulate(SUFFIX)
             stream = await _handshake(tcp, opening)
         except BaseException as error:
             await trio.aclose_forcefully(tcp)

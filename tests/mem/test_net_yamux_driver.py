@@ -345,6 +345,7 @@ async def test_a_broken_protocol_ends_the_connection_with_its_reason(autojump_cl
     async with trio.open_nursery() as nursery:
         await nursery.start(client.run, refuse)
         stream = client.open_stream()
+        await settled()
         await far.send_all(b"\xff" * HEADER_BYTES)
         with pytest.raises(errors.RemoteProtocolError):
             await stream.receive_some()
