@@ -5,8 +5,8 @@ The driver feeds ``receive_data`` and acts on the events, calls the stream metho
 in turns that share a batch, so that no stream waits for more than one batch of the others.
 
 Flow control: each side may have at most one window of bytes on its way in a stream. Ours is enforced:
-a peer that sends more than it was given has broken the protocol. A window that is used up within four
-round trips doubles, up to ``max_window_bytes``.
+a peer that sends more than it was given has broken the protocol. A window of which half is used up within two
+of the least round trips seen doubles, up to ``max_window_bytes``.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class YamuxCore:
         if stream.consumed < stream.window_size // 2:
             return
         increase = stream.consumed
-        quick = now - stream.updated_at < 4 * self._least_round_trip_s
+        quick = now - stream.updated_at < 2 * self._least_round_trip_s
         if quick and stream.window_size < self.settings.max_window_bytes:
             growth = min(stream.window_size, self.settings.max_window_bytes - stream.window_size)
             increase += growth
