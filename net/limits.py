@@ -27,7 +27,7 @@ class Limits:
     inbound_streams_per_connection: int = 256
     handshake_s: float = 15.0
     negotiate_s: float = 10.0
-    dial_s: float = 5.0  # one address; ours
+    dial_s: float = 4.0  # one address; ours
     dial_stagger_s: float = 0.1  # between the starts of two addresses of one peer; ours
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import trio
 from net import errors, records
 from net.addresses import PeerAddress
 from net.dht import keys, wire
+from net.dht.gathering import Gathering
 from net.dht.lookup import Lookup
 from net.dht.store import MAX_RECORDS_PER_KEY, RecordStore
 from net.dht.table import Contact, K, RoutingTable
@@ -93,9 +95,10 @@ class Dht:
             for peer in self._bootstrap:
                 nursery.start_soon(meet, peer)
         if failures and len(failures) == len(self._bootstrap):
-            if len(failures) == 1:
+            if len(failures) == 1 and type(failures[0]) is not errors.DialError:
                 raise failures[0]
-            raise errors.DialError("; ".join(dict.fromkeys(map(str, failures))))
+            reasons = "; ".join(dict.fromkeys(map(str, failures)))
+            raise errors.DialError(f"no bootstrap node answers ({reasons}): is one running there?")
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Refresh the table and renew announcements until cancelled."""
@@ -177,36 +180,32 @@ class Dht:
         return (await self._walk(target, None)).closest
 
     async def find(self, key: bytes, kind: str) -> list[Record]:
-        """Every record of ``kind`` under ``key`` that a server near it holds: the newest of each subject."""
-        found: dict[PeerId, Record] = {}
-
-        def take(record: Record) -> None:
-            known = found.get(record.peer_id)
-            if record.kind == kind and (known is None or record.sequence > known.sequence):
-                found[record.peer_id] = record
-
-        await self._walk(key, take)
+        """Every record of ``kind`` under ``key`` that a server near it holds: the newest of each subject. See ``gathering``."""
+        gathering = Gathering(kind)
+        lookup = await self._walk(key, gathering)
+        nearest = [contact.peer_id for contact in lookup.closest]
         if self._server:
-            for record in self.store.get(key, trio.current_time()):
-                take(record)
-        return [record for record in found.values() if not record.body.get("withdrawn")]
+            nearest.append(self.host.peer_id)
+            for record in self.store.get_all(key, trio.current_time()):
+                gathering.take(self.host.peer_id, record)
+        return gathering.believed(nearest, time.time())
 
-    async def _walk(self, target: bytes, take: Callable[[Record], None] | None) -> Lookup:
+    async def _walk(self, target: bytes, gathering: Gathering | None) -> Lookup:
         lookup = Lookup(self.host.peer_id, target, self.table.closest(target))
 
         async with trio.open_nursery() as nursery:
 
             async def ask(contact: Contact) -> None:
                 try:
-                    closer, held = await self._find(contact, target, want_records=take is not None)
+                    closer, held = await self._find(contact, target, want_records=gathering is not None)
                 except errors.NetError as error:
                     logger.debug("look-up: %s: %s", contact.peer_id, error)
                     lookup.failed(contact.peer_id)
                     self.table.failed(contact.peer_id)
                 else:
                     for record in held:
-                        if take is not None:
-                            take(record)
+                        if gathering is not None:
+                            gathering.take(contact.peer_id, record)
                     lookup.answered(contact.peer_id, closer)
                     self.table.add(contact)
                 ask_more()
@@ -305,7 +304,7 @@ class Dht:
         await lane.serve(stream, connection.peer_id, {"find": find, "store": store}, idle_s=self.settings.idle_s)
 
     def _add_records(self, answer: dict[str, Any], key: bytes, after: bytes) -> None:
-        held = sorted(self.store.get(key, trio.current_time()), key=lambda record: record.peer_id.to_bytes())
+        held = sorted(self.store.get_all(key, trio.current_time()), key=lambda record: record.peer_id.to_bytes())
         size = 0
         for record in held:
             if record.peer_id.to_bytes() <= after:

@@ -93,4 +93,5 @@ def _reason(error: OSError) -> str:
         inner = inner.__cause__
     if isinstance(inner.__cause__, BaseExceptionGroup):
         inner = inner.__cause__.exceptions[0]
-    return (inner.strerror if isinstance(inner, OSError) and inner.strerror else str(inner)).lower()
+    text = inner.strerror if isinstance(inner, OSError) and inner.strerror else str(inner)
+    return text.rpartition(": ")[2].lower()  # trio puts the address before the reason
