@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class DhtSettings:
     query_s: float = 5.0  # one call to one peer
+    slow_s: float = 2.0  # a look-up goes on without who has not answered by then, if others have
+    paths: int = 3  # of a look-up, disjoint: with a fifth of all servers hostile, one honest path is all but certain
     pages_s: float = 15.0  # all pages of one peer's records; what came by then counts
     other_bootstrap_s: float = 0.5  # for the other bootstrap nodes once one has answered
     refresh_s: float = 60.0  # between refreshes of the table
@@ -180,7 +182,10 @@ class Dht:
         return (await self._walk(target, None)).closest
 
     async def find(self, key: bytes, kind: str) -> list[Record]:
-        """Every record of ``kind`` under ``key`` that a server near it holds: the newest of each subject. See ``gathering``."""
+        """Every record of ``kind`` under ``key`` that a server near it holds: the newest of each subject.
+
+        ``gathering`` says which are believed.
+        """
         gathering = Gathering(kind)
         lookup = await self._walk(key, gathering)
         nearest = [contact.peer_id for contact in lookup.closest]
@@ -191,11 +196,13 @@ class Dht:
         return gathering.believed(nearest, time.time())
 
     async def _walk(self, target: bytes, gathering: Gathering | None) -> Lookup:
-        lookup = Lookup(self.host.peer_id, target, self.table.closest(target))
+        lookup = Lookup(self.host.peer_id, target, self.table.closest(target), paths=self.settings.paths)
 
         async with trio.open_nursery() as nursery:
 
             async def ask(contact: Contact) -> None:
+                answered = trio.Event()
+                nursery.start_soon(give_up_waiting, contact.peer_id, answered)
                 try:
                     closer, held = await self._find(contact, target, want_records=gathering is not None)
                 except errors.NetError as error:
@@ -208,13 +215,25 @@ class Dht:
                             gathering.take(contact.peer_id, record)
                     lookup.answered(contact.peer_id, closer)
                     self.table.add(contact)
+                answered.set()
                 ask_more()
+
+            async def give_up_waiting(peer_id: PeerId, answered: trio.Event) -> None:
+                with trio.move_on_after(self.settings.slow_s) as scope:
+                    await answered.wait()
+                if scope.cancelled_caught:
+                    lookup.slow(peer_id)
+                    ask_more()
 
             def ask_more() -> None:
                 for contact in lookup.next_queries():
                     nursery.start_soon(ask, contact)
+                if lookup.is_done:
+                    nursery.cancel_scope.cancel()
 
             ask_more()
+        for peer_id in lookup.unanswered:
+            self.table.failed(peer_id)
         return lookup
 
     async def _find(self, contact: Contact, target: bytes, *, want_records: bool) -> tuple[list[Contact], list[Record]]:

@@ -1,5 +1,6 @@
 """Signed records kept for others, by key and subject. No I/O; bounded; forgets by a clock of its own.
 
+A withdrawal is handed out like a record until it expires, so that whoever looks sees that older ones are void.
 The number of the last record of each subject outlives the record, so that an older one does not come back;
 only when its place is wanted for a newcomer's record is such a number forgotten early.
 """
@@ -24,6 +25,10 @@ class _Entry:
     sequence: int
     expires: float
     forget: float = field(default=0.0)
+
+    @property
+    def is_gone(self) -> bool:
+        return self.record is None or is_withdrawal(self.record)
 
 
 class RecordStore:
@@ -52,16 +57,19 @@ class RecordStore:
                 raise RecordError(f"{len(entries)} records lie under this key, the most kept")
             if sum(map(len, self._keys.values())) >= MAX_RECORDS:
                 raise RecordError(f"{MAX_RECORDS} records are kept here, the most allowed")
-        withdrawn = bool(record.body.get("withdrawn"))
         self._keys.setdefault(key, {})[record.peer_id] = _Entry(
-            record=None if withdrawn else record,
+            record=record,
             sequence=record.sequence,
             expires=now + record.ttl_s,
             forget=now + REMEMBER_SEQUENCE_S,
         )
 
     def get(self, key: bytes, now: float) -> list[Record]:
-        """The records under ``key`` that have not expired."""
+        """The records under ``key`` that have neither expired nor been withdrawn."""
+        return [record for record in self.get_all(key, now) if not is_withdrawal(record)]
+
+    def get_all(self, key: bytes, now: float) -> list[Record]:
+        """The same, with the withdrawals that have not expired."""
         return [
             entry.record
             for entry in self._keys.get(key, {}).values()
@@ -79,9 +87,14 @@ class RecordStore:
                 del self._keys[key]
 
 
+def is_withdrawal(record: Record) -> bool:
+    """Whether its subject takes back what it said under the key before."""
+    return bool(record.body.get("withdrawn"))
+
+
 def _drop_oldest_tombstone(entries: dict[PeerId, _Entry]) -> bool:
     """Make room by forgetting a number whose record is gone. False: all records are alive."""
-    tombstones = [peer_id for peer_id, entry in entries.items() if entry.record is None]
+    tombstones = [peer_id for peer_id, entry in entries.items() if entry.is_gone]
     if not tombstones:
         return False
     del entries[min(tombstones, key=lambda peer_id: entries[peer_id].forget)]

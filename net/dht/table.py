@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from net.addresses import Multiaddr, ip_group
 from net.dht import keys
@@ -32,7 +33,12 @@ class Contact:
     addresses: tuple[Multiaddr, ...]
     seen_at: Multiaddr | None = None
 
-    @property
+    @cached_property
+    def position(self) -> int:
+        """Where it is among the keys."""
+        return int.from_bytes(keys.of_peer(self.peer_id), "big")
+
+    @cached_property
     def groups(self) -> frozenset[str]:
         """The IP groups it occupies (loopback has none)."""
         known = self.addresses if self.seen_at is None else (*self.addresses, self.seen_at)
@@ -96,7 +102,8 @@ class RoutingTable:
 
     def closest(self, target: bytes, count: int = K) -> list[Contact]:
         """The ``count`` known servers nearest to ``target``."""
-        return sorted(self.contacts, key=lambda contact: keys.distance(keys.of_peer(contact.peer_id), target))[:count]
+        place = int.from_bytes(target, "big")
+        return sorted(self.contacts, key=lambda contact: contact.position ^ place)[:count]
 
     def refresh_targets(self, random_bytes: bytes) -> Sequence[bytes]:
         """Keys to look up so that the buckets stay full: our own, and a random one."""

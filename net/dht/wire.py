@@ -11,6 +11,7 @@ to be asked for with ``after``, the last id seen.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -41,12 +42,17 @@ def write_contacts(contacts: Sequence[Contact]) -> list[Any]:
 
 def read_addresses(fields: Mapping[str, Any], name: str) -> tuple[Multiaddr, ...]:
     raw = packing.items(fields, name, bytes, max_items=MAX_ADDRESSES, max_length=MAX_ADDRESS_BYTES)
+    return tuple(map(_read_address, raw))
+
+
+@functools.lru_cache(maxsize=4096)  # every answer names the same twenty again
+def _read_address(data: bytes) -> Multiaddr:
     try:
-        addresses = tuple(Multiaddr(data) for data in raw)
+        address = Multiaddr(data)
         # The library reads lazily, and takes what was cut short for zeros: written out and read again, that shows.
-        if any(Multiaddr(str(address)).to_bytes() != data for address, data in zip(addresses, raw, strict=True)):
+        if Multiaddr(str(address)).to_bytes() != data:
             raise RemoteProtocolError("bytes that are no proper multiaddr")
-        return addresses
+        return address
     except (MultiaddrError, ValueError, TypeError, KeyError, IndexError) as error:
         raise RemoteProtocolError("bytes that are no multiaddr") from error
 

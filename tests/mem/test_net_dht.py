@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -294,6 +296,75 @@ async def test_an_older_record_never_wins(autojump_clock: MockClock) -> None:
             liar.answer([record.envelope for record in held])
             (found,) = await dht.find(KEY, KIND)
             assert found.body == {"n": 1}
+
+
+async def test_an_older_record_handed_out_after_a_withdrawal_is_void(autojump_clock: MockClock) -> None:
+    network = MemoryNetwork()
+    async with memory_hosts(3, network=network) as hosts:
+        dhts = await joined(hosts[:2])
+        liar = Liar(hosts[2])
+        dhts[0].table.add(Contact(peer_id=liar.host.peer_id, addresses=tuple(liar.host.addresses)))
+        await dhts[1].announce(KEY, KIND, body)
+        (old,) = dhts[0].store.get(KEY, trio.current_time())
+        liar.answer([old.envelope])
+        async with client_of(hosts[0], network) as client:
+            assert len(await client.find(KEY, KIND)) == 1
+            await dhts[1].withdraw()
+            assert await client.find(KEY, KIND) == []
+            assert await dhts[0].find(KEY, KIND) == []
+
+
+async def test_one_server_cannot_keep_a_record_alive_that_all_others_forgot(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = MemoryNetwork()
+    async with memory_hosts(4, network=network) as hosts:
+        dhts = await joined(hosts[:3])
+        liar = Liar(hosts[3])
+        dhts[0].table.add(Contact(peer_id=liar.host.peer_id, addresses=tuple(liar.host.addresses)))
+        now, began = time.time(), trio.current_time()
+        monkeypatch.setattr("net.dht.service.time", SimpleNamespace(time=lambda: now + trio.current_time() - began))
+        await dhts[1].announce(KEY, KIND, body)
+        (old,) = dhts[0].store.get(KEY, trio.current_time())
+        liar.answer([old.envelope])
+        async with client_of(hosts[0], network) as client:
+            await trio.sleep(110)
+            assert len(await client.find(KEY, KIND)) == 1
+            await trio.sleep(12)
+            assert await client.find(KEY, KIND) == []
+
+
+async def test_a_clock_that_is_half_an_hour_wrong_hides_nobody(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with memory_hosts(3) as hosts:
+        dhts = await joined(hosts)
+        await dhts[1].announce(KEY, KIND, body)
+        for wrong_s in (-1800, 1800):
+            clock = SimpleNamespace(time=lambda wrong_s=wrong_s: time.time() + wrong_s)
+            monkeypatch.setattr("net.dht.service.time", clock)
+            assert len(await dhts[2].find(KEY, KIND)) == 1
+
+
+async def test_a_look_up_does_not_wait_for_the_silent_where_enough_answer(autojump_clock: MockClock) -> None:
+    async with memory_hosts(14) as hosts:
+        dhts = await joined(hosts[:12])
+        hung = [Liar(host) for host in hosts[12:]]
+
+        async def hang(_: Message) -> Message:
+            await trio.sleep_forever()
+            raise AssertionError
+
+        contacts = [Contact(peer_id=each.host.peer_id, addresses=tuple(each.host.addresses)) for each in hung]
+        for liar, contact in zip(hung, contacts, strict=True):
+            liar.methods["find"] = hang
+            assert dhts[0].table.add(contact)
+        began = trio.current_time()
+        found = await dhts[0].lookup(KEY)
+        assert len(found) == 11
+        assert trio.current_time() - began <= dhts[0].settings.slow_s + 0.1
+        await dhts[0].lookup(KEY)
+        assert all(contact.peer_id not in dhts[0].table for contact in contacts)
 
 
 async def test_a_record_of_another_kind_hides_nothing(autojump_clock: MockClock) -> None:

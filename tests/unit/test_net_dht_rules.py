@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from net import addresses
 from net.addresses import Multiaddr
 from net.dht import keys, wire
+from net.dht.gathering import Gathering
 from net.dht.lookup import ALPHA, MAX_CANDIDATES, MAX_QUERIES, Lookup
 from net.dht.table import PER_IP_GROUP, Contact, K, RoutingTable
 from net.errors import RemoteProtocolError
 from net.identity import PeerId
+from net.records import Record
 from net.rpc import packing
 
 OWN = PeerId(b"\x00\x04self")
@@ -233,7 +235,7 @@ def test_servers_that_make_up_names_without_end_do_not_keep_a_look_up_going() ->
             made_up += K
     assert lookup.is_done
     assert asked <= MAX_QUERIES
-    assert len(lookup._contacts) <= MAX_CANDIDATES
+    assert sum(len(path.contacts) for path in lookup._paths) <= MAX_CANDIDATES
 
 
 def test_servers_that_make_up_ever_nearer_names_do_not_either() -> None:
@@ -247,7 +249,7 @@ def test_servers_that_make_up_ever_nearer_names_do_not_either() -> None:
     assert lookup.is_done
     assert asked == MAX_QUERIES
     assert len(lookup.closest) == K
-    assert len(lookup._contacts) <= MAX_CANDIDATES
+    assert sum(len(path.contacts) for path in lookup._paths) <= MAX_CANDIDATES
 
 
 def test_far_names_do_not_crowd_out_near_ones() -> None:
@@ -258,6 +260,177 @@ def test_far_names_do_not_crowd_out_near_ones() -> None:
     (*_, second) = lookup.next_queries()
     lookup.answered(second.peer_id, them[:1])
     assert lookup.next_queries()[0] == them[0]
+
+
+# Disjoint paths
+
+
+class Liars(World):
+    """A share of the servers works together: each names only the same twenty, made to lie nearer than anybody honest.
+
+    Those twenty answer, and name each other.
+    """
+
+    def __init__(self, count: int, share: float, seed: int) -> None:
+        super().__init__(count, seed)
+        self.hostile = {each.peer_id for each in self.random.sample(self.contacts, round(count * share))}
+        self.crowd = [contact(number) for number in range(100_000, 110_000)]
+
+    def honest_found(self, target: bytes, paths: int) -> int:
+        """How many of the ten nearest honest servers a newcomer's look-up asks that knows five."""
+        names = sorted(self.crowd, key=self.distance_to(target))[:K]
+        lookup = Lookup(OWN, target, self.random.sample(self.contacts, 5), paths=paths)
+        asked: set[PeerId] = set()
+        under_way: list[Contact] = []
+        while under_way := under_way + lookup.next_queries():
+            peer_id = under_way.pop(self.random.randrange(len(under_way))).peer_id
+            assert peer_id not in asked
+            asked.add(peer_id)
+            is_honest = peer_id in self.tables and peer_id not in self.hostile
+            lookup.answered(peer_id, self.tables[peer_id].closest(target) if is_honest else names)
+        assert lookup.is_done
+        honest = {each.peer_id for each in self.contacts} - self.hostile
+        return len({each.peer_id for each in self.closest(target, honest)[:10]} & asked)
+
+
+def test_paths_that_share_nothing_find_honest_servers_that_one_path_misses() -> None:
+    liars = Liars(400, 0.2, seed=3)
+    targets = [keys.of_name(f"key {number}") for number in range(40)]
+    one, three = ([liars.honest_found(target, paths) for target in targets] for paths in (1, 3))
+    half = [sum(found >= 5 for found in founds) / len(targets) for founds in (one, three)]
+    assert half[0] <= 0.6  # they see at least five of ten
+    assert half[1] >= 0.8
+    assert min(three) > min(one) == 0
+
+
+def test_no_path_asks_or_follows_what_another_was_told() -> None:
+    them = [contact(number) for number in range(100)]
+    lookup = Lookup(OWN, TARGET, them[:3], paths=3)
+    starts = lookup.next_queries()
+    assert {each.peer_id for each in starts} == {each.peer_id for each in them[:3]}
+    lookup.answered(starts[0].peer_id, them[3:23])
+    lookup.answered(starts[1].peer_id, them[3:23])  # the same: nobody twice
+    seen = [each.peer_id for each in lookup.next_queries()]
+    assert len(seen) == len(set(seen)) <= ALPHA
+    assert {len(path.contacts) for path in lookup._paths} == {1, 21}
+    assert [path.queries for path in lookup._paths if len(path.contacts) == 1] == [1]
+
+
+def test_one_known_server_is_enough_for_all_paths() -> None:
+    lookup = Lookup(OWN, TARGET, [contact(0)], paths=3)
+    (first,) = lookup.next_queries()
+    lookup.answered(first.peer_id, [contact(number) for number in range(1, 13)])
+    assert sorted(len(path.contacts) for path in lookup._paths) == [4, 4, 5]
+    asked = lookup.next_queries()
+    assert len(asked) == ALPHA
+    for each in asked:
+        lookup.answered(each.peer_id, [])
+    for each in lookup.next_queries():
+        lookup.failed(each.peer_id)
+    assert lookup.is_done
+    assert len(lookup.closest) == 11
+
+
+def test_names_that_lead_nowhere_use_up_one_paths_budget_alone() -> None:
+    lookup = Lookup(OWN, TARGET, [contact(number) for number in range(3)], paths=3)
+    made_up = 100
+    misled = lookup.next_queries()[0].peer_id
+    queries = [misled]
+    asked = 0
+    lookup.answered(misled, [contact(number) for number in range(made_up, made_up + K)])
+    while queries := [each.peer_id for each in lookup.next_queries()]:
+        for peer_id in queries:
+            asked += 1
+            made_up += K
+            lookup.answered(peer_id, [contact(number) for number in range(made_up, made_up + K)])
+    assert asked <= MAX_QUERIES // 3
+    assert max(path.queries for path in lookup._paths) <= MAX_QUERIES // 3
+
+
+def test_the_slow_are_neither_waited_for_nor_lost() -> None:
+    them = sorted((contact(number) for number in range(40)), key=World.distance_to(TARGET))
+    lookup = Lookup(OWN, TARGET, them[:30])
+    stuck = lookup.next_queries()
+    assert stuck == them[:ALPHA]
+    assert lookup.next_queries() == []
+    for each in stuck:
+        lookup.slow(each.peer_id)
+    others = lookup.next_queries()
+    assert others == them[ALPHA : 2 * ALPHA]
+    for each in others[:-1]:
+        lookup.answered(each.peer_id, [])
+    assert not lookup.is_done
+    lookup.failed(others[-1].peer_id)
+    for each in lookup.next_queries():
+        lookup.answered(each.peer_id, [])
+    assert lookup.is_done
+    assert lookup.unanswered == [each.peer_id for each in stuck]
+    lookup.answered(stuck[0].peer_id, [])
+    assert lookup.closest[0] == stuck[0]
+
+
+def test_where_few_answer_the_slow_are_waited_for() -> None:
+    lookup = Lookup(OWN, TARGET, [contact(0), contact(1)])
+    for each in lookup.next_queries():
+        lookup.slow(each.peer_id)
+    assert not lookup.is_done
+    lookup.answered(contact(0).peer_id, [])
+    assert not lookup.is_done
+    lookup.failed(contact(1).peer_id)
+    assert lookup.is_done
+
+
+# What is believed
+
+
+def record(subject: int, sequence: int, issued_s: int, **body: object) -> Record:
+    return Record(
+        kind="node",
+        key=TARGET,
+        peer_id=contact(subject).peer_id,
+        sequence=sequence,
+        issued_s=issued_s,
+        ttl_s=120,
+        body=body,
+        envelope=b"",
+    )
+
+
+HOLDERS = [contact(number).peer_id for number in range(900, 910)]
+
+
+def believed(now_s: float, *held: tuple[int, Record]) -> list[Record]:
+    """``held``: how many of the ten holders hand out which record."""
+    gathering = Gathering("node")
+    for count, each in held:
+        for holder in HOLDERS[:count]:
+            gathering.take(holder, each)
+    return gathering.believed(HOLDERS, now_s)
+
+
+def test_one_holder_is_enough_for_a_record_that_has_not_expired() -> None:
+    fresh = record(1, 1, 1000)
+    assert believed(1000, (1, fresh)) == believed(1120, (1, fresh)) == believed(990, (1, fresh)) == [fresh]
+
+
+@pytest.mark.parametrize("now_s", [1121, 1000 + 3600, 989, 1000 - 3600])
+def test_one_that_has_expired_by_our_clock_needs_half_of_the_holders(now_s: float) -> None:
+    skewed = record(1, 1, 1000)
+    assert believed(now_s, (5, skewed)) == [skewed]
+    assert believed(now_s, (4, skewed)) == []
+
+
+def test_holders_that_are_not_near_have_no_voice_in_that() -> None:
+    gathering = Gathering("node")
+    for number in range(20):
+        gathering.take(contact(number).peer_id, record(1, 1, 1000))
+    assert gathering.believed(HOLDERS, 5000) == []
+
+
+def test_who_was_withdrawn_does_not_come_back_through_an_older_record() -> None:
+    assert believed(1000, (9, record(1, 1, 1000)), (1, record(1, 2, 1000, withdrawn=True))) == []
+    anew = record(1, 3, 1001)
+    assert believed(1001, (9, record(1, 2, 1000, withdrawn=True)), (1, anew)) == [anew]
 
 
 # Messages
