@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 class DhtSettings:
     query_s: float = 5.0  # one call to one peer
     slow_s: float = 2.0  # a look-up goes on without who has not answered by then, if others have
-    paths: int = 3  # of a look-up, disjoint: with a fifth of all servers hostile, one honest path is all but certain
+    paths: int = 3  # of a look-up, disjoint: made-up contacts that spoil one leave the others
     pages_s: float = 15.0  # all pages of one peer's records; what came by then counts
     other_bootstrap_s: float = 0.5  # for the other bootstrap nodes once one has answered
     refresh_s: float = 60.0  # between refreshes of the table

@@ -49,8 +49,8 @@ def main() -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--seeds", type=int, help="how many swarms, from seed 0 on (default: as many as --runs)")
     parser.add_argument("--seed", type=int, help="this one alone")
-    parser.add_argument("--nodes", type=int, default=300, help="servers in a swarm (default: 300)")
-    parser.add_argument("--minutes", type=float, default=4.0, help="simulated, after the first (default: 4)")
+    parser.add_argument("--nodes", type=int, default=40, help="servers in a swarm (default: 40)")
+    parser.add_argument("--minutes", type=float, default=3.0, help="simulated, after the first (default: 3)")
     parser.add_argument("--processes", type=int, default=1, help="seeds at a time (default: 1)")
     options = parser.parse_args()
     seeds = range(options.runs if options.seeds is None else options.seeds) if options.seed is None else [options.seed]
