@@ -21,6 +21,7 @@ from net import console
 
 MODEL = "bloom-tiny"
 SPANS = ("0:3", "3:6", "6:8")
+HOW: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.2}  # small models repeat themselves
 START_S = 45.0
 STOP_S = 5.0
 _PR_SET_PDEATHSIG = 1
@@ -105,7 +106,7 @@ def _generate(address: str, prompt: str, max_new_tokens: int, say: Any) -> dict[
                 streamer=streamer,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
+                **HOW,
             )
             seconds = time.monotonic() - started
             route = session.route
@@ -136,6 +137,8 @@ class _Alone:
     def _load(self) -> None:
         try:
             import torch
+
+            torch.set_num_threads(1)  # more only wait for each other beside the nodes, at this size
             from transformers import AutoTokenizer, BloomForCausalLM
             from transformers.utils import logging
 
@@ -160,7 +163,7 @@ class _Alone:
         started = time.monotonic()
         with torch.inference_mode():
             output = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=self._max_new_tokens, do_sample=False
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=self._max_new_tokens, **HOW
             )
         return output[0].tolist(), (output.shape[1] - ids.shape[1]) / (time.monotonic() - started)
 
