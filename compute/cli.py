@@ -9,6 +9,7 @@ from functools import partial
 
 from net import console
 
+MAX_THREADS = 256  # far more than help; torch falls over at some thousands
 DEFAULT_LISTEN = "/ip4/0.0.0.0/tcp/0"
 
 
@@ -45,7 +46,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     serve.add_argument(
         "--max-length", metavar="N", type=_positive, default=2048, help="longest session in tokens (default: 2048)"
     )
-    serve.add_argument("--threads", metavar="N", type=_positive, help="CPU threads for the model (default: torch's)")
+    serve.add_argument("--threads", metavar="N", type=_threads, help="CPU threads for the model (default: torch's)")
     console.add_identity(serve)
     console.add_json(serve, "what is served, once it is,")
     console.add_common(serve)
@@ -63,6 +64,13 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _threads(text: str) -> int:
+    count = _positive(text)
+    if count > MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"{count} threads: at most {MAX_THREADS} are started")
+    return count
 
 
 def run_serve(options: argparse.Namespace) -> int:

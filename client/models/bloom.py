@@ -109,8 +109,13 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
             MissingBlocks, SessionFailed: the swarm cannot compute it (any more).
         """
         ids = inputs if inputs is not None else options.get("input_ids")
-        if ids is None or ids.dim() != 2 or ids.shape[1] == 0:
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
+            raise InvalidInput("generate takes token ids as an integer tensor of shape [batch, tokens]")
+        if ids.shape[1] == 0:
             raise InvalidInput("the prompt is empty: give at least one token")
+        # The cache is the session's, on the nodes; without it transformers would cut the prompt to what the session
+        # lacks and send everything again for each token.
+        options["use_cache"] = True
         if session is not None:
             session.keep_prefix(ids)
             return super().generate(inputs, *args, past_key_values=session, **options)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from client.errors import InvalidInput, SwarmClosed
+from client.errors import ClientError, InvalidInput, SwarmClosed
 from client.portal import Portal
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class SessionCache:
     def __init__(self, session: Session, portal: Portal) -> None:
         self._session = session
         self._portal = portal
+        self._closed = False
         self._ids: torch.Tensor | None = None  # [b, t] of what was computed; at least ``position`` long
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -62,6 +63,7 @@ class SessionCache:
             InvalidInput: ``tokens`` do not fit.
             Others: as ``Session.prepare``.
         """
+        self._check_open()
         self._portal.call(self._session.prepare, batch)
         room = self._session.max_length
         if tokens > room:
@@ -93,14 +95,20 @@ class SessionCache:
             returns: [b, t, d]
         Raises: as ``Session.step``.
         """
+        self._check_open()
         before = self.position
         output = self._portal.call(self._session.step, hidden)
         kept = ids if self._ids is None or not before else torch.cat([self._ids[:, :before], ids], dim=1)
         self._ids = kept  # [b, position]
         return output
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClientError("the session is closed: open another with model.session()")
+
     def close(self) -> None:
-        """Free the session on its nodes, if the swarm's end has not done so."""
+        """Free the session on its nodes, if the swarm's end has not done so. It cannot be used afterwards."""
+        self._closed = True
         with suppress(SwarmClosed):
             self._portal.call(self._session.aclose)
 

@@ -170,7 +170,7 @@ def main() -> None:
     model.to(torch.bfloat16).to(torch.float32)
     final = held_out_loss(model, test_tokens)
     model.config.hidden_dropout = 0.0
-    model.config.use_cache = True
+    model.config.use_cache = model.generation_config.use_cache = True
     model.to(torch.bfloat16).save_pretrained(options.out, max_shard_size="2500KB")
     minutes = (time.process_time() - started) / 60
     facts = {

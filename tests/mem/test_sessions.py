@@ -203,8 +203,10 @@ async def test_inputs_that_cannot_be_computed(odd: Reference) -> None:
         padded[1, 0] = 0
         refusals: list[tuple[str, Callable[[], Any]]] = [
             ("prompt is empty", lambda: greedy(model, torch.zeros(1, 0, dtype=torch.long), 3)),
-            ("prompt is empty", lambda: model.generate(max_new_tokens=3)),
-            ("prompt is empty", lambda: model.generate(torch.tensor([1, 2, 3]), max_new_tokens=3)),
+            ("integer tensor of shape", lambda: model.generate(max_new_tokens=3)),
+            ("integer tensor of shape", lambda: model.generate([[1, 2, 3]], max_new_tokens=3)),  # type: ignore[arg-type]
+            ("integer tensor of shape", lambda: model.generate(torch.ones(1, 3), max_new_tokens=3)),
+            ("integer tensor of shape", lambda: model.generate(torch.tensor([1, 2, 3]), max_new_tokens=3)),
             ("equal length", lambda: greedy(model, ROWS, 3, attention_mask=padded)),
             ("beam", lambda: greedy(model, PROMPT, 3, num_beams=2)),
             ("0 to 319", lambda: greedy(model, PROMPT + 300, 3)),
@@ -622,3 +624,44 @@ async def test_other_weights_under_the_same_names_are_refused(odd: Reference, tm
         model = await swarm.model(odd.folder)
         with pytest.raises(UnknownModel, match="hold other weights than the files here"):
             await blocking(lambda: greedy(model, PROMPT, 2))
+
+
+@pytest.mark.parametrize("use_cache", [None, False, True])
+async def test_a_session_of_the_model_that_ships_gives_what_one_call_gives(
+    tiny: Reference, use_cache: bool | None
+) -> None:
+    """Whatever a generation config says of caches: the session is the cache."""
+    options: dict[str, Any] = {} if use_cache is None else {"use_cache": use_cache}
+    async with swarm_of(tiny.folder, [(0, 3), (3, 8)]) as swarm:
+        model = await swarm.model(tiny.folder)
+
+        def in_pieces() -> None:
+            ids = PROMPT
+            with model.session() as session:
+                for count in (5, 5, 6):
+                    ids = model.generate(
+                        ids,
+                        session=session,
+                        attention_mask=torch.ones_like(ids),
+                        max_new_tokens=count,
+                        do_sample=False,
+                        **options,
+                    )
+            assert ids.tolist() == greedy(tiny.model, PROMPT, 16)
+
+        await blocking(in_pieces)
+        assert [node.node.engine.stats.tokens for node in swarm.nodes] == [PROMPT.shape[1] + 15] * 2
+
+
+async def test_a_closed_session_stays_closed(odd: Reference) -> None:
+    async with swarm_of(odd.folder, TWO) as swarm:
+        model = await swarm.model(odd.folder)
+
+        def use_after_close() -> None:
+            with model.session() as session:
+                greedy(model, PROMPT, 2, session=session)
+            with pytest.raises(ClientError, match="the session is closed"):
+                greedy(model, PROMPT, 2, session=session)
+
+        await blocking(use_after_close)
+        await until(lambda: all(node.sessions == 0 for node in swarm.nodes))
