@@ -231,13 +231,21 @@ def run_status(options: argparse.Namespace) -> int:
     return 0
 
 
+def _unreachable(model: ServedModel, peers: Sequence[Peer]) -> list[tuple[int, int]]:
+    """The runs of blocks that no node serves which answers now, whatever is announced."""
+    from client.routing import runs_without
+
+    answering = [peer.announcement for peer in peers if not peer.problem]
+    return runs_without(model.n_blocks, [node for node in answering if node.digest == model.digest])
+
+
 def _model_json(model: ServedModel, peers: Sequence[Peer]) -> dict[str, Any]:
     return {
         "name": model.name,
         "digest": model.digest,
         "blocks": model.n_blocks,
-        "complete": not model.missing,
-        "missing": model.missing,
+        "complete": not _unreachable(model, peers),
+        "missing": _unreachable(model, peers),
         "placement": [[str(peer_id) for peer_id in block] for block in model.placement],
         "nodes": [
             {
@@ -269,7 +277,12 @@ def print_placement(model: ServedModel, peers: Sequence[Peer]) -> None:
         title=f"{model.name}, {model.n_blocks} blocks, digest {model.digest[:12]}", title_justify="left", box=None
     )
     for heading in ("blocks", "served", "peer", "alone", "round trip"):
-        table.add_column(heading, justify="right" if heading in ("alone", "round trip") else "left", no_wrap=True)
+        table.add_column(
+            heading,
+            justify="right" if heading in ("alone", "round trip") else "left",
+            no_wrap=heading != "peer",
+            overflow="fold",  # a narrow terminal folds PeerIds; nothing is lost
+        )
     for peer in peers:
         node = peer.announcement
         if node.digest != model.digest:
@@ -285,6 +298,6 @@ def print_placement(model: ServedModel, peers: Sequence[Peer]) -> None:
     for peer in peers:
         if peer.problem and peer.announcement.digest == model.digest:
             print(f"{peer.announcement.peer_id}: {peer.problem}")
-    if model.missing:
-        print(f"Missing: blocks {spell_runs(model.missing)}. Nobody can use the model until they are served.")
+    if missing := _unreachable(model, peers):
+        print(f"Missing: blocks {spell_runs(missing)}. Nobody can use the model until they are served.")
     print()
