@@ -119,8 +119,9 @@ class PlainChannel(SecureChannel):
     def _encrypt(self, pieces: Sequence[Buffer]) -> list[memoryview]:
         return [memoryview(b"".join(pieces))] if any(pieces) else []
 
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        return bytes(await self._stream.receive_some(max_bytes))
+    async def receive_batch(self) -> Sequence[bytes]:
+        data = await self._stream.receive_some()
+        return [bytes(data)] if data else []
 
     async def aclose(self) -> None:
         await self._stream.aclose()

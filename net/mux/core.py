@@ -12,6 +12,7 @@ of the least round trips seen doubles, up to ``max_window_bytes``.
 from __future__ import annotations
 
 import enum
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -21,7 +22,10 @@ from net.mux.frames import HEADER_BYTES, Flags, GoAway, Header, Type
 from net.security.base import RECORD_BYTES
 
 INITIAL_WINDOW_BYTES = 256 * 1024  # the specification's
-MIN_FRAME_BYTES = 4096  # of a stream's turn when many want to send
+SHORT_BYTES = RECORD_BYTES  # a stream with no more than this to send goes before those with more
+TALK_TURNS = 64  # of bulk, out or in, that count as beside the last short message
+QUICK_S = 0.001  # on the shortest paths; there, round trips are too short to tell
+MIN_FRAME_BYTES = 4096  # of the turn of a stream with more
 FORGOTTEN_FRAME_BYTES = 1024 * 1024  # one frame that was on its way when we reset its stream
 
 
@@ -54,7 +58,7 @@ class StreamOpened(NamedTuple):
 
 class DataReceived(NamedTuple):
     stream_id: int
-    data: memoryview
+    data: bytes | memoryview
 
 
 class StreamEnded(NamedTuple):
@@ -96,6 +100,9 @@ class _Stream:
     updated_at: float = 0.0
     outgoing: deque[memoryview] = field(default_factory=deque)
     outgoing_bytes: int = 0
+    scheduled: bool = False  # waits for its turn to send
+    sends_bulk: bool = False  # what is queued was more than SHORT_BYTES at some time
+    gets_bulk: bool = False  # the last frame was more than that
     ending: bool = False  # a FIN waits behind the outgoing data
     inbound: bool
 
@@ -119,7 +126,11 @@ class YamuxCore:
         self._body_left = 0  # how much more of it,
         self._body_ends = False  # and whether the stream ends with it
         self._control: deque[bytes] = deque()
-        self._ready: deque[int] = deque()  # streams with something to send, in turn
+        # Streams with something to send, in turn; those whose turn takes little go first.
+        self._short: deque[int] = deque()
+        self._long: deque[int] = deque()
+        self._drained: list[int] = []
+        self._talk = 0  # turns left
         self._counts = {True: 0, False: 0}  # open streams by inbound
         self._ping: tuple[int, float] | None = None
         self._pings = 0
@@ -178,8 +189,10 @@ class YamuxCore:
             raise LocalProtocolError(f"data after the end of stream {stream_id}")
         view = memoryview(data).cast("B")
         if view:
+            stream.sends_bulk &= stream.outgoing_bytes > 0
             stream.outgoing.append(view)
             stream.outgoing_bytes += len(view)
+            stream.sends_bulk |= stream.outgoing_bytes > SHORT_BYTES
             self._schedule(stream_id, stream)
 
     def unsent(self, stream_id: int) -> int:
@@ -210,18 +223,31 @@ class YamuxCore:
         if stream is None or stream.state is State.REMOTE_ENDED:
             return
         stream.consumed += count
-        if stream.consumed < stream.window_size // 2:
+        if stream.consumed < (stream.window_size - RECORD_BYTES) // 2:  # half, to the next whole record
             return
-        increase = stream.consumed
-        quick = now - stream.updated_at < 2 * self._least_round_trip_s
-        if quick and stream.window_size < self.settings.max_window_bytes:
-            growth = min(stream.window_size, self.settings.max_window_bytes - stream.window_size)
-            increase += growth
-            stream.window_size += growth
+        # It shrinks by what is not given back: room once given stays the peer's.
+        size = max(self._next_window(stream.window_size, now - stream.updated_at), stream.window_size - stream.consumed)
+        increase = stream.consumed + size - stream.window_size
+        stream.window_size = size
         stream.consumed = 0
         stream.updated_at = now
-        stream.receive_window += increase
-        self._queue(Header(Type.WINDOW_UPDATE, Flags.NONE, stream_id, increase))
+        if increase:
+            stream.receive_window += increase
+            self._queue(Header(Type.WINDOW_UPDATE, Flags.NONE, stream_id, increase))
+
+    def _next_window(self, size: int, half_s: float) -> int:
+        """For a window of which half was used up in ``half_s``.
+
+        A full window lasts twice that: more than some round trips of it is a queue, which short messages stand in.
+        """
+        quick_s, slow_s = self._least_round_trip_s, 2 * self._least_round_trip_s
+        if not self.is_talking:
+            quick_s, slow_s = max(slow_s, QUICK_S), math.inf
+        if half_s < quick_s:
+            return min(2 * size, self.settings.max_window_bytes)
+        if half_s > slow_s:
+            return max(size // 2, INITIAL_WINDOW_BYTES)
+        return size
 
     def go_away(self, reason: GoAway = GoAway.NORMAL) -> None:
         """Refuse new streams from now on, and say so."""
@@ -249,23 +275,42 @@ class YamuxCore:
     # What goes out
 
     @property
+    def is_talking(self) -> bool:
+        """Whether something short went out or came in lately, so that bulk should move in small batches beside it."""
+        return self._talk > 0
+
+    def _count_talk(self, short: bool) -> None:
+        self._talk = TALK_TURNS if short else max(0, self._talk - 1)
+
+    @property
     def has_data_to_send(self) -> bool:
-        return bool(self._control or self._ready)
+        return bool(self._control or self._short or self._long)
 
     def data_to_send(self, max_bytes: int) -> list[bytes | memoryview]:
         """Frames worth about ``max_bytes``, the streams that have something taking turns; empty when there is none."""
         out: list[bytes | memoryview] = list(self._control)
         size = HEADER_BYTES * len(out)
         self._control.clear()
-        share = max(MIN_FRAME_BYTES, max_bytes // max(1, len(self._ready)))
-        while self._ready and size < max_bytes:
-            stream_id = self._ready.popleft()
-            stream = self._streams.get(stream_id)
-            if stream is not None:
-                size += self._take_frame(stream_id, stream, share, out)
+        if self._short or self._long:
+            self._count_talk(bool(self._short))
+        kept = MIN_FRAME_BYTES if self._long else 0  # however much is short, what is long moves on
+        while self._short and size < max_bytes - kept:
+            size += self._take_frame(self._short.popleft(), max_bytes - kept - size, out)
+        while self._long and size < max_bytes:
+            size += self._take_frame(self._long.popleft(), max(MIN_FRAME_BYTES, max_bytes - size), out)
         return out
 
-    def _take_frame(self, stream_id: int, stream: _Stream, room: int, out: list[bytes | memoryview]) -> int:
+    def drained(self) -> list[int]:
+        """Streams of which something was taken since the last call."""
+        drained, self._drained = self._drained, []
+        return drained
+
+    def _take_frame(self, stream_id: int, room: int, out: list[bytes | memoryview]) -> int:
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            return 0
+        stream.scheduled = False
+        self._drained.append(stream_id)
         room = min(room, self.settings.max_frame_bytes, stream.send_window)
         parts: list[memoryview] = []
         count = 0
@@ -301,9 +346,12 @@ class YamuxCore:
             RemoteProtocolError: the peer broke the protocol; the connection must be closed.
         """
         self._heard_at = now
+        events: list[Event] = []
+        if self._body_left >= len(data) > 0:
+            self._receive_body(data if isinstance(data, bytes) else bytes(data), events)
+            return events
         data = self._incoming + data if self._incoming else bytes(data)
         view = memoryview(data)
-        events: list[Event] = []
         position = 0
         while True:
             if self._body_left:
@@ -330,7 +378,7 @@ class YamuxCore:
         else:
             self._receive_stream_frame(header, now, events)
 
-    def _receive_body(self, body: memoryview, events: list[Event]) -> None:
+    def _receive_body(self, body: bytes | memoryview, events: list[Event]) -> None:
         stream = self._streams.get(self._body_stream)
         if stream is not None:
             stream.receive_window -= len(body)
@@ -382,6 +430,10 @@ class YamuxCore:
             events.append(WindowOpened(header.stream_id))
         elif header.length and stream.state is State.REMOTE_ENDED:
             raise RemoteProtocolError(f"data after the end of stream {header.stream_id}")
+        elif header.length:
+            more_than_short = header.length > SHORT_BYTES
+            self._count_talk(not (more_than_short or stream.gets_bulk))  # the crumbs of bulk are no talk
+            stream.gets_bulk = more_than_short
         if header.flags & Flags.FIN and not self._body_left:
             self._receive_end(header.stream_id, stream, events)
 
@@ -419,9 +471,12 @@ class YamuxCore:
             self._remove(stream_id)
 
     def _schedule(self, stream_id: int, stream: _Stream) -> None:
-        sendable = (stream.outgoing and stream.send_window > 0) or (stream.ending and not stream.outgoing)
-        if sendable and stream_id in self._streams and stream_id not in self._ready:
-            self._ready.append(stream_id)
+        waiting = stream.outgoing_bytes
+        # Of much, no crumbs: a peer that has read what we sent gives back half a window at least.
+        sendable = stream.send_window >= min(waiting, RECORD_BYTES) if waiting else stream.ending
+        if sendable and not stream.scheduled and stream_id in self._streams:
+            stream.scheduled = True
+            (self._long if stream.sends_bulk else self._short).append(stream_id)
 
     def _queue(self, header: Header) -> None:
         self._control.append(header.encode())

@@ -38,7 +38,7 @@ class YamuxStream(trio.abc.HalfCloseableStream):
     def __init__(self, connection: YamuxConnection, stream_id: int) -> None:
         self.connection = connection
         self.stream_id = stream_id
-        self._received: deque[memoryview] = deque()
+        self._received: deque[bytes | memoryview] = deque()
         self._ended = False
         self._failure: errors.NetError | None = None
         self._closed = False
@@ -57,10 +57,11 @@ class YamuxStream(trio.abc.HalfCloseableStream):
             await self._readable.park()
         part = self._received.popleft()
         if max_bytes is not None and len(part) > max_bytes:
-            self._received.appendleft(part[max_bytes:])
-            part = part[:max_bytes]
+            view = memoryview(part)
+            self._received.appendleft(view[max_bytes:])
+            part = view[:max_bytes]
         self.connection._consumed(self.stream_id, len(part))
-        return bytes(part)
+        return part if isinstance(part, bytes) else bytes(part)
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -70,20 +71,20 @@ class YamuxStream(trio.abc.HalfCloseableStream):
                 raise trio.ClosedResourceError("this stream was closed here")
             if self._failure is not None:
                 raise self._failure
-            room = STREAM_SEND_BUFFER_BYTES - self.connection._core.unsent(self.stream_id)
-            if view and room > 0:
-                part = view[:room]
-                # What may change before it is sent is copied; bytes cannot.
-                self.connection._send(self.stream_id, part if isinstance(view.obj, bytes) else memoryview(bytes(part)))
-                view = view[room:]
-            elif view:
+            if self.connection._core.unsent(self.stream_id) > STREAM_SEND_BUFFER_BYTES:
                 await self._writable.park()
-            else:
+            elif not view:
                 return
+            elif isinstance(view.obj, bytes):
+                self.connection._send(self.stream_id, view)
+                view = view[:0]
+            else:  # it may change before it is sent
+                self.connection._send(self.stream_id, memoryview(bytes(view[:STREAM_SEND_BUFFER_BYTES])))
+                view = view[STREAM_SEND_BUFFER_BYTES:]
 
     async def wait_send_all_might_not_block(self) -> None:
         while self._failure is None and not self._closed:
-            if self.connection._core.unsent(self.stream_id) < STREAM_SEND_BUFFER_BYTES:
+            if self.connection._core.unsent(self.stream_id) <= STREAM_SEND_BUFFER_BYTES:
                 return
             await self._writable.park()
 
@@ -110,9 +111,10 @@ class YamuxStream(trio.abc.HalfCloseableStream):
             self._wake()
         await trio.lowlevel.checkpoint()
 
-    def _feed(self, data: memoryview) -> None:
+    def _feed(self, data: bytes | memoryview) -> None:
         self._received.append(data)
-        self._readable.unpark_all()
+        if self._readable:
+            self._readable.unpark_all()
 
     def _end(self) -> None:
         self._ended = True
@@ -137,7 +139,8 @@ class YamuxConnection:
         self._streams: dict[int, YamuxStream] = {}
         self._closed_here: dict[int, float] = {}  # streams whose peer has not ended yet, until when it may
         self._serving = 0
-        self._batch_bytes = MAX_BATCH_BYTES
+        self._batch_bytes = MAX_BATCH_BYTES  # as long as nobody talks beside it
+        self._cut_bytes = 0  # what the channel was told last
         self._writer_scope = trio.CancelScope(shield=True)
         self._wake_writer = trio.Event()
         self._failure: errors.NetError | None = None
@@ -198,6 +201,7 @@ class YamuxConnection:
     def close(self) -> None:
         """Make ``run`` end."""
         self._closing = True
+        self._writer_scope.deadline = min(self._writer_scope.deadline, trio.current_time() + GOODBYE_S)
         self._core.go_away()
         self._wake_writer.set()
 
@@ -206,9 +210,11 @@ class YamuxConnection:
     async def _read(self, on_stream: Callable[[YamuxStream], Awaitable[None]], nursery: trio.Nursery) -> None:
         failure: errors.NetError = errors.ConnectionLost("the connection was closed by the other side")
         try:
-            while data := await self._channel.receive_some():
-                for event in self._core.receive_data(data, trio.current_time()):
-                    self._handle(event, on_stream, nursery)
+            while batch := await self._channel.receive_batch():
+                now = trio.current_time()
+                for data in batch:
+                    for event in self._core.receive_data(data, now):
+                        self._handle(event, on_stream, nursery)
                 self._kick()
         except trio.BrokenResourceError as error:
             failure = errors.ConnectionLost(f"the connection broke ({error})")
@@ -240,7 +246,7 @@ class YamuxConnection:
             while self._channel.has_unsent or self._core.has_data_to_send:
                 started = trio.current_time()
                 if not self._channel.has_unsent:
-                    self._channel.put(self._core.data_to_send(self._batch_bytes))
+                    self._put()
                 await self._channel.flush()
                 self._tune_batch(trio.current_time() - started)
                 self._after_sending()
@@ -257,7 +263,7 @@ class YamuxConnection:
         """
         if not self._channel.has_unsent and self._core.has_data_to_send and self._failure is None:
             try:
-                self._channel.put(self._core.data_to_send(self._batch_bytes))
+                self._put()
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 pass  # the writer meets the same, and tells everybody
             else:
@@ -265,10 +271,22 @@ class YamuxConnection:
         if self._channel.has_unsent or self._core.has_data_to_send or self._closing:
             self._wake_writer.set()
 
+    def _put(self) -> None:
+        """The next batch: small beside short messages, of which none should wait for much."""
+        size = min(self._batch_bytes, RECORD_BYTES) if self._core.is_talking else self._batch_bytes
+        if size != self._cut_bytes:
+            self._cut_bytes = size
+            unsent = 2 * size if size < MAX_BATCH_BYTES else None
+            self._channel.limit_waiting(unsent_bytes=unsent, read_bytes=size + MAX_BATCH_BYTES)
+        self._channel.put(self._core.data_to_send(size))
+
     def _after_sending(self) -> None:
-        for stream_id, stream in list(self._streams.items()):
-            stream._writable.unpark_all()
-            self._forget_ended(stream_id)
+        for stream_id in self._core.drained():
+            stream = self._streams.get(stream_id)
+            if stream is not None:
+                if stream._writable and self._core.unsent(stream_id) <= STREAM_SEND_BUFFER_BYTES:
+                    stream._writable.unpark_all()
+                self._forget_ended(stream_id)
 
     def _tune_batch(self, seconds: float) -> None:
         """What is said next waits for the batch that is being sent: make one last about a millisecond."""
@@ -291,7 +309,6 @@ class YamuxConnection:
                         self._core.reset(stream_id)
                 self._wake_writer.set()
         finally:
-            self._writer_scope.deadline = trio.current_time() + GOODBYE_S
             self.close()
 
     # Events
@@ -303,6 +320,11 @@ class YamuxConnection:
         nursery: trio.Nursery,
     ) -> None:
         match event:
+            case yamux.DataReceived(stream_id, data):
+                if (receiver := self._streams.get(stream_id)) is not None:
+                    receiver._feed(data)
+                else:
+                    self._core.consumed(stream_id, len(data), trio.current_time())
             case yamux.StreamOpened(stream_id):
                 # A stream that its peer has reset is not open any more, but its handler may still be at work.
                 if self._serving >= self._core.settings.max_inbound_streams:
@@ -312,11 +334,6 @@ class YamuxConnection:
                 self._core.accept(stream_id)
                 self._serving += 1
                 nursery.start_soon(self._serve, on_stream, stream)
-            case yamux.DataReceived(stream_id, data):
-                if (receiver := self._streams.get(stream_id)) is not None:
-                    receiver._feed(data)
-                else:
-                    self._core.consumed(stream_id, len(data), trio.current_time())
             case yamux.StreamEnded(stream_id):
                 if (ended := self._streams.get(stream_id)) is not None:
                     ended._end()

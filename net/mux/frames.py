@@ -26,7 +26,12 @@ class Type(enum.IntEnum):
     GO_AWAY = 3
 
 
-class Flags(enum.IntFlag):
+_TYPES = tuple(Type)  # by number
+
+
+class Flags:
+    """Bits. Plain integers: they are tested for every frame, and an ``IntFlag`` takes a microsecond each time."""
+
     NONE = 0
     SYN = 1
     ACK = 2
@@ -42,7 +47,7 @@ class GoAway(enum.IntEnum):
 
 class Header(NamedTuple):
     type: Type
-    flags: Flags
+    flags: int  # of Flags
     stream_id: int
     length: int
 
@@ -57,7 +62,7 @@ class Header(NamedTuple):
         version, type_, flags, stream_id, length = _HEADER.unpack_from(data, offset)
         if version != 0 or type_ > Type.GO_AWAY or flags > 15:
             raise RemoteProtocolError(f"a Yamux frame of version {version}, type {type_}, flags {flags}")
-        header = cls(Type(type_), Flags(flags), stream_id, length)
+        header = cls(_TYPES[type_], flags, stream_id, length)
         if (stream_id == 0) != (type_ >= Type.PING):
             raise RemoteProtocolError(f"a Yamux {header.type.name} frame for stream {stream_id}")
         return header

@@ -17,6 +17,8 @@ Buffer = bytes | bytearray | memoryview
 # A Noise record carries at most 65,519 bytes of plaintext; whoever writes in pieces of this size
 # fills records exactly, on either protocol.
 RECORD_BYTES = 65_519
+MAX_RECORD_BYTES = 2 + 65_535  # on the wire, with Noise's length
+MAX_READ_BYTES = 512 * 1024
 
 
 class SecureChannel(trio.abc.Stream):
@@ -33,6 +35,8 @@ class SecureChannel(trio.abc.Stream):
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
         self._unsent: deque[memoryview] = deque()
+        self._received: deque[bytes] = deque()  # of a batch, by ``receive_some``
+        self._read_bytes = MAX_READ_BYTES
 
     def put(self, pieces: Sequence[Buffer]) -> None:
         """Encrypt ``pieces`` as one run of bytes; send them now, as far as possible, if nothing waits.
@@ -49,6 +53,17 @@ class SecureChannel(trio.abc.Stream):
                     self._unsent[0] = self._unsent[0][sent:]
                     return
                 self._unsent.popleft()
+
+    def limit_waiting(self, *, unsent_bytes: int | None, read_bytes: int) -> None:
+        """Let less wait on the way, for the sake of what comes behind it.
+
+        Args:
+            unsent_bytes: at most about so much waits for the network to take it; None leaves that to the system.
+            read_bytes: at most so much is received and decrypted at a time, within reason.
+        """
+        self._read_bytes = min(max(read_bytes, 2 * MAX_RECORD_BYTES), MAX_READ_BYTES)
+        if isinstance(self._stream, RawStream):
+            self._stream.limit_unsent(unsent_bytes)
 
     @property
     def has_unsent(self) -> bool:
@@ -78,6 +93,26 @@ class SecureChannel(trio.abc.Stream):
 
     async def wait_send_all_might_not_block(self) -> None:
         await self._stream.wait_send_all_might_not_block()
+
+    @abstractmethod
+    async def receive_batch(self) -> Sequence[bytes]:
+        """All that has come, in the pieces that it came in, waiting for some; empty at the end.
+
+        Errors and cancellation are those of ``receive_some``.
+        """
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        if not self._received:
+            self._received += await self.receive_batch()
+            if not self._received:
+                return b""
+        else:
+            await trio.lowlevel.checkpoint()
+        plain = self._received.popleft()
+        if max_bytes is not None and len(plain) > max_bytes:
+            self._received.appendleft(plain[max_bytes:])
+            plain = plain[:max_bytes]
+        return plain
 
     @abstractmethod
     def _encrypt(self, pieces: Sequence[Buffer]) -> list[memoryview]:

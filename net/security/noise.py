@@ -11,7 +11,7 @@ Source: https://github.com/libp2p/specs/tree/master/noise
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import trio
@@ -25,14 +25,13 @@ from libp2p.security.noise.patterns import PatternXX
 from net.errors import ConnectionLost, PeerIdMismatch, RemoteProtocolError
 from net.identity import Identity, PeerId
 from net.io import receive_exactly, send
-from net.security.base import RECORD_BYTES, Buffer, SecureChannel
+from net.security.base import MAX_READ_BYTES, RECORD_BYTES, Buffer, SecureChannel
 from net.transports.base import RawStream
 
 LENGTH_BYTES = 2
 TAG_BYTES = 16
 _LENGTH = struct.Struct(">H")
 _NONCE = struct.Struct("<4xQ")
-RECEIVE_BUFFER_BYTES = 512 * 1024
 SEND_BUFFER_BYTES = 5 * RECORD_BYTES
 
 
@@ -105,43 +104,47 @@ class NoiseChannel(SecureChannel):
         self.remote_peer = remote_peer
         self._seal = ChaCha20Poly1305(send_key)
         self._open = ChaCha20Poly1305(receive_key)
-        self._sent = 0
-        self._received = 0
+        self._sealed = 0  # records, each way
+        self._opened = 0
         # Kept for the life of the channel: fresh memory of this size costs more in page faults than the cipher.
-        self._plain_out = memoryview(bytearray(SEND_BUFFER_BYTES))
+        self._plain_out = memoryview(bytearray(RECORD_BYTES))
         self._sealed_out = memoryview(bytearray(SEND_BUFFER_BYTES))
-        self._incoming = memoryview(bytearray(RECEIVE_BUFFER_BYTES))
+        self._incoming = memoryview(bytearray(MAX_READ_BYTES))
         self._start = self._end = 0  # of what lies in it
-        self._plain = b""  # of a record that was read in part
 
     def _encrypt(self, pieces: Sequence[Buffer]) -> list[memoryview]:
-        plain, size = self._gather(pieces)
+        size = sum(map(len, pieces))
         records = -(-size // RECORD_BYTES)
         out = self._out_buffer(size + records * (LENGTH_BYTES + TAG_BYTES))
         position = 0
-        for start in range(0, size, RECORD_BYTES):
-            piece = plain[start : min(start + RECORD_BYTES, size)]
+        for plain in self._cut(pieces):
             body = position + LENGTH_BYTES
-            end = body + len(piece) + TAG_BYTES
+            end = body + len(plain) + TAG_BYTES
             _LENGTH.pack_into(out, position, end - body)
-            self._seal.encrypt_into(_NONCE.pack(self._sent), piece, None, out[body:end])
-            self._sent += 1
+            self._seal.encrypt_into(_NONCE.pack(self._sealed), plain, None, out[body:end])
+            self._sealed += 1
             position = end
         return [out[:position]] if records else []
 
-    def _gather(self, pieces: Sequence[Buffer]) -> tuple[memoryview, int]:
-        """The pieces one after another, and how many bytes they are."""
-        if len(pieces) == 1:
-            single = memoryview(pieces[0]).cast("B")
-            return single, len(single)
-        size = sum(map(len, pieces))
-        if size > len(self._plain_out):
-            return memoryview(b"".join(pieces)), size
-        position = 0
+    def _cut(self, pieces: Sequence[Buffer]) -> Iterator[memoryview]:
+        """The plaintext of each record: where a piece fills one, the piece's own memory, which saves a copy."""
+        filled = 0
         for piece in pieces:
-            self._plain_out[position : position + len(piece)] = piece
-            position += len(piece)
-        return self._plain_out, size
+            view = memoryview(piece).cast("B")
+            start = 0
+            while start < len(view):
+                part = view[start : start + RECORD_BYTES - filled]
+                start += len(part)
+                if len(part) == RECORD_BYTES:
+                    yield part
+                    continue
+                self._plain_out[filled : filled + len(part)] = part
+                filled += len(part)
+                if filled == RECORD_BYTES:
+                    yield self._plain_out
+                    filled = 0
+        if filled:
+            yield self._plain_out[:filled]
 
     def _out_buffer(self, size: int) -> memoryview:
         """Memory for ``size`` bytes of records: ours, unless it is in use or too small."""
@@ -149,19 +152,14 @@ class NoiseChannel(SecureChannel):
             return memoryview(bytearray(size))
         return self._sealed_out
 
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        while not self._plain:
-            plain = self._next_record()
-            if plain is not None:
-                self._plain = plain
-            elif not await self._receive_more():
+    async def receive_batch(self) -> Sequence[bytes]:
+        while True:
+            if batch := self._decrypt_records():
+                return batch
+            if not await self._receive_more():
                 if self._end > self._start:
                     raise trio.BrokenResourceError("the stream ended inside a Noise record")
-                return b""
-        plain, self._plain = self._plain, b""
-        if max_bytes is not None and len(plain) > max_bytes:
-            plain, self._plain = plain[:max_bytes], plain[max_bytes:]
-        return plain
+                return []
 
     async def _receive_more(self) -> bool:
         """Whether anything came; what is there moves to the front of the buffer first."""
@@ -170,28 +168,32 @@ class NoiseChannel(SecureChannel):
             self._incoming[:count] = self._incoming[self._start : self._end]
             self._start, self._end = 0, count
         if isinstance(self._stream, RawStream):
-            received = await self._stream.receive_into(self._incoming[count:])
+            received = await self._stream.receive_into(self._incoming[count : self._read_bytes])
         else:
-            data = await self._stream.receive_some(len(self._incoming) - count)
+            data = await self._stream.receive_some(self._read_bytes - count)
             received = len(data)
             self._incoming[count : count + received] = data
         self._end += received
         return received > 0
 
-    def _next_record(self) -> bytes | None:
-        body = self._start + LENGTH_BYTES
-        if body > self._end:
-            return None
-        end = body + _LENGTH.unpack_from(self._incoming, self._start)[0]
-        if end > self._end:
-            return None
-        try:
-            plain = self._open.decrypt(_NONCE.pack(self._received), self._incoming[body:end], None)
-        except (InvalidTag, ValueError) as error:
-            raise trio.BrokenResourceError("a Noise record failed its authentication") from error
-        self._received += 1
-        self._start = end
-        return plain
+    def _decrypt_records(self) -> list[bytes]:
+        """The plaintexts of all whole records; records of nothing are left out."""
+        batch: list[bytes] = []
+        while (body := self._start + LENGTH_BYTES) <= self._end:
+            end = body + _LENGTH.unpack_from(self._incoming, self._start)[0]
+            if end > self._end:
+                break
+            try:
+                plain = self._open.decrypt(_NONCE.pack(self._opened), self._incoming[body:end], None)
+            except (InvalidTag, ValueError) as error:
+                if batch:
+                    break  # what came before is good; the error comes again
+                raise trio.BrokenResourceError("a Noise record failed its authentication") from error
+            self._opened += 1
+            self._start = end
+            if plain:
+                batch.append(plain)
+        return batch
 
     async def aclose(self) -> None:
         await self._stream.aclose()

@@ -24,11 +24,10 @@ from OpenSSL import SSL
 
 from net.errors import ConnectionLost, PeerIdMismatch, RemoteProtocolError
 from net.identity import Identity, PeerId
-from net.security.base import Buffer, SecureChannel
+from net.security.base import RECORD_BYTES, Buffer, SecureChannel
 
 ALPN = [b"libp2p"]
 SIGNATURE_PREFIX = b"libp2p-tls-handshake:"
-RECEIVE_BYTES = 512 * 1024
 SEND_BYTES = 1024 * 1024
 
 
@@ -113,20 +112,19 @@ class TlsChannel(SecureChannel):
                     raise trio.BrokenResourceError("TLS refused to send") from error
         return self._take_records()
 
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+    async def receive_batch(self) -> Sequence[bytes]:
         while True:
-            plain = self._decrypt(RECEIVE_BYTES if max_bytes is None else max_bytes)
-            if plain or self._closed_by_peer:
-                return plain
+            batch = self._decrypt()
+            if batch or self._closed_by_peer:
+                return batch
             await self._feed()
 
-    def _decrypt(self, max_bytes: int) -> bytes:
-        """As much as there is and may be: a TLS record holds 16 KiB at most, so several are opened."""
+    def _decrypt(self) -> list[bytes]:
+        """All that has come, at most 16 KiB in a piece: a record of TLS."""
         parts: list[bytes] = []
         try:
-            while max_bytes > 0:
-                parts.append(self._tls.recv(max_bytes))
-                max_bytes -= len(parts[-1])
+            while True:
+                parts.append(self._tls.recv(RECORD_BYTES))
         except SSL.WantReadError:
             pass  # all that has come is opened
         except SSL.ZeroReturnError:
@@ -135,7 +133,7 @@ class TlsChannel(SecureChannel):
             if not parts:  # what came before is good; the error comes again
                 why = "the stream ended without TLS's close_notify" if self._ended else "a TLS record was not authentic"
                 raise trio.BrokenResourceError(why) from error
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return parts
 
     async def aclose(self) -> None:
         try:
@@ -148,7 +146,7 @@ class TlsChannel(SecureChannel):
             await self._stream.aclose()
 
     async def _feed(self) -> None:
-        data = await self._stream.receive_some(RECEIVE_BYTES)
+        data = await self._stream.receive_some(self._read_bytes)
         if data:
             self._tls.bio_write(data)
         else:

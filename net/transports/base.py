@@ -28,6 +28,12 @@ class RawStream(trio.abc.Stream):
             trio.BrokenResourceError, trio.ClosedResourceError: as ``send_all``.
         """
 
+    def limit_unsent(self, size: int | None) -> None:
+        """Take no more while about ``size`` bytes wait for the network: what is sent next waits behind them.
+
+        None takes the limit away. Where a transport cannot tell what waits, this does nothing.
+        """
+
     @abstractmethod
     async def receive_into(self, buffer: bytearray | memoryview) -> int:
         """As ``receive_some``, into ``buffer``: how many bytes came; 0 at the end."""

@@ -30,6 +30,12 @@ class MemoryNetwork:
         return MemoryTransport(self)
 
 
+def memory_stream_pair() -> tuple[MemoryStream, MemoryStream]:
+    """The two ends of a connection."""
+    up, down = _Pipe(), _Pipe()
+    return MemoryStream(down, up), MemoryStream(up, down)
+
+
 class MemoryTransport:
     def __init__(self, network: MemoryNetwork) -> None:
         self._network = network
@@ -43,8 +49,7 @@ class MemoryTransport:
         await trio.lowlevel.checkpoint()
         if listener is None:
             raise DialError(f"{address}: nobody listens there")
-        up, down = _Pipe(), _Pipe()
-        ours, theirs = MemoryStream(down, up), MemoryStream(up, down)
+        ours, theirs = memory_stream_pair()
         local = Multiaddr(f"/memory/{next(self._network._dialers)}")
         try:
             listener.send_nowait(RawConnection(stream=theirs, local=address, remote=local))

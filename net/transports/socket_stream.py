@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -14,8 +15,7 @@ from net.transports.base import RawStream
 T = TypeVar("T")
 DEFAULT_RECEIVE_BYTES = 64 * 1024
 DRAINED_RECEIVES = 64
-# Bytes that the kernel may hold unsent before it says "wait": what is sent later waits behind these.
-NOT_SENT_BYTES = 128 * 1024
+NO_LIMIT = 2**31 - 1
 
 
 class SocketStream(RawStream):
@@ -26,8 +26,11 @@ class SocketStream(RawStream):
         self._socket.setblocking(False)
         self._sending = SingleUse("sending on this socket")
         self._receiving = SingleUse("receiving from this socket")
-        if hasattr(socket, "TCP_NOTSEND_LOWAT"):
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSEND_LOWAT, NOT_SENT_BYTES)
+
+    def limit_unsent(self, size: int | None) -> None:
+        if sys.platform != "win32" and self._socket.fileno() != -1:
+            limit = NO_LIMIT if size is None else size
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, limit)
 
     def try_send(self, data: bytes | bytearray | memoryview) -> int:
         try:
@@ -60,7 +63,7 @@ class SocketStream(RawStream):
 
     async def _receive(self, receive: Callable[[], T]) -> T:
         with self._receiving:
-            await trio.lowlevel.checkpoint()
+            await trio.lowlevel.checkpoint()  # first: who got the last bytes may answer before we look for more
             while True:
                 try:
                     return receive()

@@ -13,7 +13,7 @@ from net import errors, multistream
 from net.host import open_host
 from net.identity import Identity
 from net.mux.driver import PROTOCOL_ID as YAMUX
-from net.security.base import RECORD_BYTES, SecureChannel, Security
+from net.security.base import MAX_RECORD_BYTES, RECORD_BYTES, SecureChannel, Security
 from net.security.noise import NoiseSecurity
 from net.security.tls import TlsSecurity
 from net.transports.memory import MemoryNetwork
@@ -136,6 +136,47 @@ async def test_a_tampered_byte_breaks_the_channel(make: Callable[[Identity], Sec
     await alice.send_all(b"as it was")
     with pytest.raises(trio.BrokenResourceError):
         await bob.receive_some()
+
+
+async def test_what_came_before_a_tampered_byte_is_delivered(make: Callable[[Identity], Security]) -> None:
+    near, far = trio.testing.memory_stream_pair()
+    tampering = False
+
+    def tamper(_: int, data: bytes) -> bytes:
+        return data[:-3] + bytes([data[-3] ^ 1]) + data[-2:] if tampering else data
+
+    alice, bob = await shake(make, Tap(near, tamper), far)
+    await alice.send_all(b"as it was")
+    tampering = True
+    await alice.send_all(b"as it was")
+    assert b"".join(await bob.receive_batch()) == b"as it was"
+    with pytest.raises(trio.BrokenResourceError):
+        await bob.receive_batch()
+
+
+async def test_a_batch_is_all_that_has_come_up_to_what_is_read_at_a_time(make: Callable[[Identity], Security]) -> None:
+    alice, bob = await pair(make)
+    for _ in range(3):
+        await alice.send_all(bytes(100_000))
+    assert sum(map(len, await bob.receive_batch())) == 300_000
+    bob.limit_waiting(unsent_bytes=None, read_bytes=1)
+    for _ in range(3):
+        await alice.send_all(bytes(100_000))
+    sizes: list[int] = []
+    while sum(sizes) < 300_000:
+        sizes.append(sum(map(len, await bob.receive_batch())))
+    assert max(sizes) <= 3 * MAX_RECORD_BYTES  # two that are read, and what was left of one
+
+
+async def test_pieces_of_any_sizes_are_one_run_of_bytes(make: Callable[[Identity], Security]) -> None:
+    alice, bob = await pair(make)
+    pieces = [
+        bytes([number]) * size for number, size in enumerate([12, RECORD_BYTES - 12, RECORD_BYTES, 1, 200_000, 0, 7])
+    ]
+    alice.put([pieces[0], bytearray(pieces[1]), *(memoryview(piece) for piece in pieces[2:])])
+    await alice.flush()
+    await alice.aclose()
+    assert await receive_all(bob) == b"".join(pieces)
 
 
 async def test_a_repeated_record_breaks_the_channel(make: Callable[[Identity], Security]) -> None:

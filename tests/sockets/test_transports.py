@@ -10,6 +10,7 @@ import trio
 
 from net.addresses import Multiaddr
 from net.transports.memory import MemoryNetwork
+from net.transports.socket_stream import SocketStream
 from net.transports.tcp import TcpTransport
 from net.transports.websocket import WebSocketTransport
 from tests.transport_conformance import Rig, TransportConformance
@@ -75,3 +76,30 @@ class TestMemory(TransportConformance):
             nobody=nobody_memory,
             abrupt=None,  # as TCP
         )
+
+
+async def _socket_pair() -> tuple[SocketStream, SocketStream]:
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener:
+        dialled = await trio.open_tcp_stream("127.0.0.1", listener.socket.getsockname()[1])
+        return SocketStream(dialled), SocketStream(await listener.accept())
+
+
+async def test_a_socket_takes_no_more_than_it_is_told_to_hold_unsent() -> None:
+    near, far = await _socket_pair()
+
+    def stuffed() -> int:
+        """Bytes that a peer that does not read has been sent, by the time that the socket says: wait."""
+        taken = 0
+        while sent := near.try_send(bytes(64 * 1024)):
+            taken += sent
+        return taken
+
+    near.limit_unsent(64 * 1024)
+    stuffed()
+    near.limit_unsent(256 * 1024)
+    assert 64 * 1024 <= stuffed() <= 256 * 1024
+    near.limit_unsent(None)
+    assert stuffed() > 0
+    await near.aclose()
+    await far.aclose()

@@ -63,7 +63,7 @@ def sent(core: YamuxCore) -> list[tuple[Header, bytes]]:
     st.integers(0, 2**32 - 1),
 )
 def test_headers_round_trip(kind: Type, flags: int, stream_id: int, length: int) -> None:
-    header = Header(kind, Flags(flags), stream_id if kind < Type.PING else 0, length)
+    header = Header(kind, flags, stream_id if kind < Type.PING else 0, length)
     encoded = header.encode()
     assert len(encoded) == HEADER_BYTES
     assert Header.decode(b"xyz" + encoded, 3) == header
@@ -211,12 +211,12 @@ def test_going_away_refuses_new_streams_on_both_sides() -> None:
 def test_a_sender_stops_at_the_window_until_its_reader_reads() -> None:
     pair = CorePair()
     stream_id = opened(pair)
-    total = INITIAL_WINDOW_BYTES + 1000
+    total = INITIAL_WINDOW_BYTES + 100_000
     pair.cores["client"].send(stream_id, b"x" * total)
     pair.settle()
     got = sum(len(e.data) for e in pair.events["server"] if isinstance(e, yamux.DataReceived))
-    assert got == INITIAL_WINDOW_BYTES
-    assert pair.cores["client"].unsent(stream_id) == 1000
+    assert INITIAL_WINDOW_BYTES - yamux.SHORT_BYTES < got <= INITIAL_WINDOW_BYTES
+    assert pair.cores["client"].unsent(stream_id) == total - got
     pair.cores["server"].consumed(stream_id, got, pair.now)
     pair.settle()
     assert pair.cores["client"].unsent(stream_id) == 0
@@ -278,6 +278,58 @@ def test_the_window_of_a_quick_reader_grows_up_to_its_limit(limit: int) -> None:
     assert sizes[-1] == max(sizes) == limit
 
 
+def grown(pair: CorePair, size: int) -> int:
+    """A stream whose server has a window of ``size`` by now; the last moment is ``pair.now``."""
+    stream_id = opened(pair)
+    listener = pair.cores["server"]
+    while listener._streams[stream_id].window_size < size:
+        consume(pair, stream_id, after=0.0)
+    return stream_id
+
+
+def consume(pair: CorePair, stream_id: int, *, after: float) -> int:
+    """Fill the server's window, take all of it ``after`` seconds; what the window is then."""
+    listener = pair.cores["server"]
+    size = listener._streams[stream_id].window_size
+    pair.cores["client"].send(stream_id, bytes(max(0, 2 * size - pair.cores["client"].unsent(stream_id))))
+    pair.settle()
+    pair.now += after
+    stream = listener._streams[stream_id]
+    listener.consumed(stream_id, stream.window_size - stream.consumed - stream.receive_window, pair.now)
+    pair.settle()
+    return listener._streams[stream_id].window_size
+
+
+def test_a_window_that_holds_a_queue_shrinks_while_somebody_talks() -> None:
+    pair = CorePair()
+    measure_round_trip(pair, 0.1)
+    stream_id, short = grown(pair, 8 * INITIAL_WINDOW_BYTES), opened(pair)
+    assert consume(pair, stream_id, after=0.3) == 8 * INITIAL_WINDOW_BYTES  # nobody waits behind it
+    sizes = []
+    for _ in range(8):
+        pair.cores["client"].send(short, b"hello")
+        sizes.append(consume(pair, stream_id, after=0.3))
+    assert sizes[-1] == INITIAL_WINDOW_BYTES
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_window_that_a_path_needs_stays_while_somebody_talks() -> None:
+    pair = CorePair()
+    measure_round_trip(pair, 0.1)
+    stream_id, short = grown(pair, 8 * INITIAL_WINDOW_BYTES), opened(pair)
+    for _ in range(8):
+        pair.cores["client"].send(short, b"hello")
+        assert consume(pair, stream_id, after=0.15) == 8 * INITIAL_WINDOW_BYTES
+
+
+def test_on_the_shortest_paths_a_window_grows_by_a_millisecond() -> None:
+    pair = CorePair()
+    measure_round_trip(pair, 0.00001)
+    stream_id = opened(pair)
+    assert consume(pair, stream_id, after=0.0009) == 2 * INITIAL_WINDOW_BYTES
+    assert consume(pair, stream_id, after=0.0011) == 2 * INITIAL_WINDOW_BYTES
+
+
 def test_the_window_of_a_slow_reader_stays() -> None:
     pair = CorePair()
     stream_id = opened(pair)
@@ -308,12 +360,79 @@ def test_a_small_message_waits_for_one_frame_of_a_large_one() -> None:
 
 def test_open_streams_take_turns() -> None:
     pair = CorePair()
+    client = pair.cores["client"]
     ids = [opened(pair) for _ in range(3)]
     for stream_id in ids:
-        pair.cores["client"].send(stream_id, bytes(200_000))
-    batches = [frames(b"".join(pair.cores["client"].data_to_send(60_000))) for _ in range(2)]
-    assert [[header.stream_id for header, _ in batch] for batch in batches] == [ids, ids]
-    assert all(header.length >= 15_000 for batch in batches for header, _ in batch)  # a fair share for each
+        client.send(stream_id, bytes(200_000))
+    turns = [header for _ in range(6) for header, _ in frames(b"".join(client.data_to_send(70_000)))]
+    assert [header.stream_id for header in turns] == ids + ids
+    assert {header.length for header in turns} == {70_000}  # a fair share for each
+
+
+def test_short_messages_go_first_and_leave_bulk_a_little() -> None:
+    pair = CorePair()
+    client = pair.cores["client"]
+    bulk, *short = [opened(pair) for _ in range(5)]
+    client.send(bulk, bytes(200_000))
+    for stream_id in short:
+        client.send(stream_id, bytes(20_000))
+    sizes = [[(each.stream_id, each.length) for each, _ in frames(b"".join(client.data_to_send(50_000)))]]
+    first, second, third, fourth = short
+    assert [stream_id for stream_id, _ in sizes[0]] == [first, second, third, bulk]
+    assert sizes[0][-1] == (bulk, yamux.MIN_FRAME_BYTES)
+    rest = [each.stream_id for each, _ in sent(client)]
+    assert rest.index(fourth) < rest.index(bulk)
+
+
+def test_what_is_left_of_bulk_is_no_short_message() -> None:
+    pair = CorePair()
+    client = pair.cores["client"]
+    bulk, other = opened(pair), opened(pair)
+    client.send(bulk, bytes(150_000))
+    client.send(other, bytes(150_000))
+    client.data_to_send(140_000)
+    assert client.unsent(bulk) < yamux.SHORT_BYTES
+    assert not client.is_talking
+    assert [each.stream_id for each, _ in sent(client)] == [other, bulk]
+
+
+def test_bulk_is_not_sent_in_crumbs() -> None:
+    pair = CorePair()
+    client = pair.cores["client"]
+    stream_id = opened(pair)
+    client.send(stream_id, bytes(400_000))
+    client.data_to_send(200_000)
+    room = INITIAL_WINDOW_BYTES - 200_000
+    assert 0 < room < yamux.SHORT_BYTES
+    assert not client.has_data_to_send  # the window has room, but for little
+    client.receive_data(Header(Type.WINDOW_UPDATE, Flags.NONE, stream_id, 200_000).encode(), 0.0)
+    assert [each.length for each, _ in sent(client)] == [200_000]
+
+
+def test_the_end_of_a_message_fits_into_what_is_left_of_a_window() -> None:
+    pair = CorePair()
+    client = pair.cores["client"]
+    stream_id = opened(pair)
+    client.send(stream_id, bytes(INITIAL_WINDOW_BYTES))
+    client.end(stream_id)
+    pair.settle()
+    assert client.unsent(stream_id) == 0
+    assert pair.events["server"][-1] == yamux.StreamEnded(stream_id)
+
+
+def test_talk_is_what_is_short_and_passes_with_bulk() -> None:
+    pair = CorePair()
+    client, listener = pair.cores["client"], pair.cores["server"]
+    bulk, short = opened(pair), opened(pair)
+    client.send(short, bytes(1000))
+    pair.settle()
+    assert client.is_talking and listener.is_talking
+    for _ in range(yamux.TALK_TURNS):
+        client.send(bulk, bytes(yamux.SHORT_BYTES + 1))
+        pair.settle()
+        listener.consumed(bulk, yamux.SHORT_BYTES + 1, pair.now)
+        pair.settle()
+    assert not client.is_talking and not listener.is_talking
 
 
 def test_control_frames_go_before_data() -> None:
