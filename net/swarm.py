@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from net import errors, multistream
+from net import errors, keeping, multistream
 from net.addresses import Multiaddr
 from net.identity import Identity, PeerId
 from net.limits import ConnectionCounts, Limits
@@ -37,6 +37,7 @@ class Connection:
     security: str
     outbound: bool
     mux: YamuxConnection
+    since: float  # trio's time
 
 
 @dataclass(kw_only=True, eq=False)
@@ -101,9 +102,12 @@ class Swarm:
     # Looking
 
     def connection(self, peer_id: PeerId) -> Connection | None:
-        """An open connection to the peer, if there is one."""
-        alive = [entry for entry in self._connections.get(peer_id, ()) if not entry.mux.is_closed]
-        return alive[0] if alive else None
+        """The connection to the peer that is used, if there is one."""
+        alive = self._alive(peer_id)
+        return keeping.preferred(alive, self._identity.peer_id) if alive else None
+
+    def _alive(self, peer_id: PeerId) -> list[Connection]:
+        return [entry for entry in self._connections.get(peer_id, ()) if not entry.mux.is_closed]
 
     @property
     def connections(self) -> list[Connection]:
@@ -191,6 +195,13 @@ class Swarm:
             return connection
         raise errors.DialError(f"{address}: no answer within {self._limits.dial_s:g} s")
 
+    async def _keep_one(self, peer_id: PeerId) -> None:
+        """Close the connections with a peer that are not needed, each when nobody uses it any more."""
+        while len(self._alive(peer_id)) > 1:
+            await trio.sleep(keeping.SIMULTANEOUS_S)
+            for connection in keeping.superfluous(self._alive(peer_id), self._identity.peer_id):
+                connection.mux.close()
+
     def _can_dial(self, address: Multiaddr) -> bool:
         return any(transport.can_dial(address) for transport in self._transports)
 
@@ -272,6 +283,7 @@ class Swarm:
             security=security,
             outbound=outbound,
             mux=mux,
+            since=trio.current_time(),
         )
 
         async def on_stream(stream: YamuxStream) -> None:
@@ -279,6 +291,10 @@ class Swarm:
 
         siblings = self._connections.setdefault(connection.peer_id, [])
         siblings.append(connection)
+        if len(siblings) > 1 and self._nursery and keeping.decides(self._identity.peer_id, connection.peer_id):
+            self._nursery.start_soon(self._keep_one, connection.peer_id)
+        for idle in keeping.prunable(self.connections, self._limits, trio.current_time()):
+            idle.mux.close()
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(mux.run, on_stream)

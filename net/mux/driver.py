@@ -145,6 +145,7 @@ class YamuxConnection:
         self._wake_writer = trio.Event()
         self._failure: errors.NetError | None = None
         self._closing = False
+        self.used_at = trio.current_time()  # when the last stream was opened
 
     @property
     def round_trip_s(self) -> float | None:
@@ -195,6 +196,7 @@ class YamuxConnection:
             raise self._failure
         stream_id = self._core.open_stream(trio.current_time())
         stream = self._streams[stream_id] = YamuxStream(self, stream_id)
+        self.used_at = trio.current_time()
         self._wake_writer.set()
         return stream
 
@@ -332,6 +334,7 @@ class YamuxConnection:
                     return
                 stream = self._streams[stream_id] = YamuxStream(self, stream_id)
                 self._core.accept(stream_id)
+                self.used_at = trio.current_time()
                 self._serving += 1
                 nursery.start_soon(self._serve, on_stream, stream)
             case yamux.StreamEnded(stream_id):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack, aclosing
+from contextlib import AsyncExitStack, ExitStack, aclosing
 
 import pytest
 import trio
@@ -12,16 +12,17 @@ import trio.testing
 from libp2p.identity.identify.pb.identify_pb2 import Identify
 from trio.testing import MockClock
 
-from net import errors, identify, ping
+from net import errors, identify, keeping, multistream, ping
 from net.addresses import Multiaddr
 from net.host import Host, open_host
+from net.identity import PeerId
 from net.limits import ConnectionCounts, Limits
 from net.mux.driver import YamuxStream
 from net.ping import ping_once
 from net.swarm import Connection
 from net.transports.base import RawConnection
 from net.transports.memory import MemoryNetwork
-from tests.net_helpers import MEMORY_ANY, memory_hosts, receive_all, receive_count, seeded
+from tests.net_helpers import MEMORY_ANY, echo, memory_hosts, receive_all, receive_count, seeded
 
 NOWHERE = Multiaddr("/memory/999999")
 
@@ -215,6 +216,88 @@ async def test_connections_beyond_the_total_are_refused_at_once(autojump_clock: 
         hosts[0].swarm.connections[0].mux.close()
         await settled()
         await hosts[2].connect(server.peer_id, server.addresses)
+
+
+async def echo_stream(_: Connection, stream: YamuxStream) -> None:
+    await echo(stream)
+
+
+async def dial_each_other(one: Host, two: Host) -> None:
+    """Two connections, as when both dial before either hears of the other."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(one.connect, two.peer_id, two.addresses)
+        nursery.start_soon(two.connect, one.peer_id, one.addresses)
+    await settled()
+    assert len(one.swarm.connections) == len(two.swarm.connections) == 2
+
+
+def used(host: Host, peer: Host) -> tuple[bool, PeerId]:
+    """Which of its connections a host uses with a peer: whether it dialled it itself."""
+    connection = host.swarm.connection(peer.peer_id)
+    assert connection is not None
+    return connection.outbound, connection.peer_id
+
+
+async def test_of_two_simultaneous_connections_both_sides_keep_the_same_one(autojump_clock: MockClock) -> None:
+    async with memory_hosts(2) as hosts:
+        low, high = sorted(hosts, key=lambda host: host.peer_id.to_bytes())
+        await dial_each_other(low, high)
+        assert used(low, high)[0] and not used(high, low)[0]
+        await trio.sleep(2 * keeping.SIMULTANEOUS_S)
+        assert [each.outbound for each in low.swarm.connections] == [True]
+        assert [each.outbound for each in high.swarm.connections] == [False]
+        assert await ping_once(high, low.peer_id) >= 0
+
+
+async def test_a_connection_that_is_not_preferred_is_kept_as_long_as_it_is_used(autojump_clock: MockClock) -> None:
+    async with memory_hosts(2) as hosts:
+        low, high = sorted(hosts, key=lambda host: host.peer_id.to_bytes())
+        await dial_each_other(low, high)
+        (other,) = [each for each in high.swarm.connections if each.outbound]
+        low.handle("/long/1", echo_stream)
+        stream = other.mux.open_stream()
+        await multistream.propose(stream, ["/long/1"])
+        await trio.sleep(10 * keeping.SIMULTANEOUS_S)
+        await stream.send_all(b"still here")
+        assert await receive_count(stream, 10) == b"still here"
+        assert len(high.swarm.connections) == 2
+        await stream.aclose()
+        await trio.sleep(2 * keeping.SIMULTANEOUS_S)
+        assert len(high.swarm.connections) == len(low.swarm.connections) == 1
+        assert other.mux.is_closed
+
+
+async def test_a_later_connection_is_preferred_whoever_dialled_it(autojump_clock: MockClock) -> None:
+    async with memory_hosts(2) as hosts:
+        low, high = sorted(hosts, key=lambda host: host.peer_id.to_bytes())
+        await low.connect(high.peer_id, high.addresses)
+        await trio.sleep(keeping.SIMULTANEOUS_S + 1)
+        later = await high.swarm._race(low.peer_id, low.addresses)  # it takes the old one for lost
+        await settled()
+        assert high.swarm.connection(low.peer_id) is later
+        assert not used(low, high)[0]
+
+
+async def test_nearly_full_a_host_lets_go_of_what_is_idle(autojump_clock: MockClock) -> None:
+    network = MemoryNetwork()
+    limits = Limits(connections=10)
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(
+            open_host(seeded(50), listen=[MEMORY_ANY], transports=[network.transport()], limits=limits)
+        )
+        hosts = await stack.enter_async_context(memory_hosts(10, network=network))
+        for host in hosts[:9]:
+            await host.connect(server.peer_id, server.addresses)
+            await trio.sleep(1)
+        busy = await hosts[0].open_stream(server.peer_id, [ping.PROTOCOL_ID])
+        await trio.sleep(keeping.GRACE_S)
+        await ping_once(hosts[1], server.peer_id)
+        assert len(server.swarm.connections) == 9
+        await hosts[9].connect(server.peer_id, server.addresses)
+        await trio.sleep(5)
+        left = {each.peer_id for each in server.swarm.connections}
+        assert left == {host.peer_id for host in hosts} - {hosts[2].peer_id, hosts[3].peer_id}
+        busy.reset()
 
 
 async def test_one_peer_cannot_take_all_connections(autojump_clock: MockClock) -> None:
