@@ -32,9 +32,11 @@ def connect(bootstrap: str | Sequence[str], *, timeout_s: float = 10.0) -> Swarm
 
     Args:
         bootstrap: one address or several, each ending in ``/p2p/PEERID``; one that answers is enough.
-        timeout_s: after which to give up.
+        timeout_s: after which to give up; above 0.
 
     Raises:
+        TypeError: ``bootstrap`` is neither, or ``timeout_s`` is no number.
+        client.errors.InvalidInput: ``timeout_s`` is not above 0.
         net.errors.AddressError: an address that cannot be read.
         net.errors.DialError: nobody answered, or somebody else than the address says.
     """

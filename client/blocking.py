@@ -68,7 +68,7 @@ class Swarm:
         """A model of the swarm, as a transformers ``GenerationMixin`` with its ``.tokenizer``.
 
         Args:
-            name: as served, or the folder of its checkpoint (see ``AsyncSwarm.model``).
+            name: as served, or the path of its checkpoint's folder (see ``AsyncSwarm.model``).
 
         Raises:
             UnknownModel: nobody serves it, or its files are not on this machine.

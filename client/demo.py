@@ -1,30 +1,37 @@
-"""``raceme demo``: a relay and three nodes as processes, a client, and the comparison with one machine."""
+"""``raceme demo``: a relay and three nodes as processes, a client, and the comparison with one machine.
+
+Nothing outlives it. Its children end when it ends them, and when their standard input ends, which happens however it
+dies. Its folder is locked while it lives; who starts next removes those that nobody holds.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from client.errors import ClientError
 from net import console
 
 MODEL = "bloom-tiny"
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 SPANS = ("0:3", "3:6", "6:8")
 HOW: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.2}  # small models repeat themselves
 START_S = 45.0
 STOP_S = 5.0
-_PR_SET_PDEATHSIG = 1
+FOLDER_PREFIX = "raceme-demo-"
 
 
 class DemoFailed(ClientError):
@@ -39,23 +46,15 @@ def run(prompt: str, max_new_tokens: int, *, as_json: bool) -> int:
     """
     say = (lambda *_, **__: None) if as_json else print
     started = time.monotonic()
-    with contextlib.ExitStack() as stack:
-        # Signals must unwind the stack: children are ended wherever we are.
-        previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        stack.callback(signal.signal, signal.SIGTERM, previous)
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raceme-demo-")))
+    with _signals_that_unwind(), _folder() as folder, _processes(folder) as start:
         say(f"Starting a relay and {len(SPANS)} compute nodes, each a process of its own ...", flush=True)
-        relay = stack.enter_context(_process(folder, "relay", "relay", "--listen", "/ip4/127.0.0.1/tcp/0"))
+        relay = start("relay", "relay", "--listen", LOOPBACK)
         address = str(relay.ready()["address"])
         say(f"  relay   {address}", flush=True)
         nodes = [
-            stack.enter_context(
-                _process(
-                    folder,
-                    f"node-{index}",
-                    *("serve", MODEL, "--blocks", span, "--threads", "1"),
-                    *("--bootstrap", address, "--listen", "/ip4/127.0.0.1/tcp/0"),
-                )
+            start(
+                f"node-{index}",
+                *("serve", MODEL, "--blocks", span, "--threads", "1", "--bootstrap", address, "--listen", LOOPBACK),
             )
             for index, span in enumerate(SPANS)
         ]
@@ -63,6 +62,7 @@ def run(prompt: str, max_new_tokens: int, *, as_json: bool) -> int:
         for node in nodes:
             ready = node.ready()
             say(f"  node    blocks {ready['start']}:{ready['end']}  {ready['peer_id']}", flush=True)
+        alone.wait_until_loaded()
         outcome = _generate(address, prompt, max_new_tokens, say)
         expected, alone_per_s = alone.result()
         for process in (*nodes, relay):
@@ -85,7 +85,7 @@ def run(prompt: str, max_new_tokens: int, *, as_json: bool) -> int:
 
 def _generate(address: str, prompt: str, max_new_tokens: int, say: Any) -> dict[str, Any]:
     import client
-    from client.cli import print_placement
+    from client.commands import print_placement
 
     with client.connect(address) as swarm:
         model = swarm.model(MODEL)
@@ -124,7 +124,11 @@ def _generate(address: str, prompt: str, max_new_tokens: int, say: Any) -> dict[
 
 
 class _Alone:
-    """The same prompt through transformers' own model, on this machine, in a thread."""
+    """The same prompt through transformers' own model, on this machine.
+
+    What is slow to import is imported in a thread, which no signal interrupts: torch and transformers make something
+    else of an exception that comes while they are being imported, or nothing at all.
+    """
 
     def __init__(self, prompt: str, max_new_tokens: int) -> None:
         self._prompt = prompt
@@ -142,6 +146,7 @@ class _Alone:
             from transformers import AutoTokenizer, BloomForCausalLM
             from transformers.utils import logging
 
+            import client.models.bloom  # noqa: F401  what the main thread is going to use
             from compute.models import find_checkpoint
 
             logging.disable_progress_bar()
@@ -151,9 +156,12 @@ class _Alone:
         except BaseException as error:  # noqa: BLE001  handed to the thread that waits
             self._error = error
 
+    def wait_until_loaded(self) -> None:
+        self._thread.join()
+
     def result(self) -> tuple[list[int], float]:
         """Token ids, and tokens per second. Computed when asked, so that it does not compete with the swarm."""
-        self._thread.join()
+        self.wait_until_loaded()
         if self._error is not None:
             raise self._error
         import torch
@@ -202,10 +210,14 @@ class _Process:
         if self._popen.poll() is not None:
             raise DemoFailed(f"{self._name} ended on its own: {self._last_words()}")
 
-    def stop(self) -> None:
+    def interrupt(self) -> None:
+        """Tell it to end; ``wait`` for that."""
         self._popen.send_signal(signal.SIGINT)
+
+    def wait(self, timeout_s: float) -> None:
+        """Until it has ended; after ``timeout_s`` it is killed."""
         try:
-            self._popen.wait(STOP_S)
+            self._popen.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self._popen.kill()
             self._popen.wait()
@@ -216,27 +228,85 @@ class _Process:
 
 
 @contextlib.contextmanager
-def _process(folder: Path, name: str, *arguments: str) -> Iterator[_Process]:
-    home, log = folder / name, folder / f"{name}.log"
-    home.mkdir()
-    with log.open("w") as errors:
-        popen = subprocess.Popen(  # noqa: S603  our own command, no shell
-            [sys.executable, "-m", "client", *arguments, "--json"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env={**os.environ, "RACEME_HOME": str(home)},
-            start_new_session=True,  # Ctrl-C reaches us alone; we end the others in order
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-        )
-    process = _Process(name, log, popen)
+def _processes(folder: Path) -> Iterator[Callable[..., _Process]]:
+    """Gives what starts a process, by a name and the arguments of ``raceme``.
+
+    At the end, the first process is ended after all others, so that nodes can take leave of the relay. When we are
+    interrupted there is no such ceremony: all that they have is in ``folder``.
+    """
+    running: list[_Process] = []
+
+    def start(name: str, *arguments: str) -> _Process:
+        home, log = folder / name, folder / f"{name}.log"
+        home.mkdir()
+        with log.open("w") as errors:
+            popen = subprocess.Popen(  # noqa: S603  our own command, no shell
+                [sys.executable, "-m", "client", *arguments, "--json", "--until-eof"],
+                stdin=subprocess.PIPE,  # never written to; it ends with us
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, "RACEME_HOME": str(home)},
+                start_new_session=True,  # Ctrl-C reaches us alone; we end the others in order
+            )
+        running.append(_Process(name, log, popen))
+        return running[-1]
+
+    grace_s = 0.0
     try:
-        yield process
+        yield start
+        grace_s = STOP_S
     finally:
-        process.stop()
+        _end(running[1:], grace_s)
+        _end(running[:1], grace_s)
 
 
-def _end_with_parent() -> None:
-    """So that not even ``kill -9`` of the demo leaves a process behind (Linux)."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _end(processes: Sequence[_Process], grace_s: float) -> None:
+    for process in processes:
+        process.interrupt()
+    deadline = time.monotonic() + grace_s
+    for process in processes:
+        process.wait(max(0.0, deadline - time.monotonic()))
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    """A folder for this demo, locked and removed at the end; those of demos that were killed are removed before."""
+    for path in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
+        with contextlib.suppress(OSError), _locked(path):  # another user's, or another demo's that runs
+            if any(path.iterdir()):  # an empty one may be about to be locked
+                shutil.rmtree(path, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX, ignore_cleanup_errors=True) as name, _locked(Path(name)):
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Raises:
+    OSError: it is no folder of ours, or somebody else holds it.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _signals_that_unwind() -> Iterator[None]:
+    """SIGINT and SIGTERM say at once that they were heard, and raise: children are ended wherever we are."""
+
+    def heard(number: int, frame: FrameType | None) -> None:
+        if sys.__stderr__ is not None:  # not closed from the beginning
+            with contextlib.suppress(OSError):
+                os.write(sys.__stderr__.fileno(), b"Stopping ...\n")  # print() must not be called within print()
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, heard) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)

@@ -61,6 +61,13 @@ class Session:
     """
 
     def __init__(self, host: Host, find_nodes: FindNodes, *, max_length: int | None = None) -> None:
+        """Raises:
+        TypeError, InvalidInput: ``max_length`` is no whole number, or not above 0.
+        """
+        if isinstance(max_length, bool) or not isinstance(max_length, int | None):
+            raise TypeError(f"max_length is a number of tokens, not {type(max_length).__name__}")
+        if max_length is not None and max_length < 1:
+            raise InvalidInput(f"max_length is {max_length}: give a number of tokens above 0")
         self._host = host
         self._find_nodes = find_nodes
         self._requested_length = max_length

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import trio
 
-from client.errors import UnknownModel
+from client.errors import InvalidInput, UnknownModel
 from client.routing import runs_without
 from net import addresses, errors
 from net.dht import keys
@@ -140,7 +140,7 @@ class AsyncSwarm:
         """A model of the swarm. Its methods block: call them with ``trio.to_thread.run_sync``.
 
         Args:
-            name: as served, or the folder of a checkpoint (needed when the model does not ship with Raceme
+            name: as served, or the path of a checkpoint's folder, with a / in it (needed when the model does not ship
                 and is not on the Hugging Face hub: the client holds embeddings and head itself).
 
         Raises:
@@ -169,9 +169,8 @@ class AsyncSwarm:
 @asynccontextmanager
 async def open_swarm(bootstrap: str | Sequence[str], *, timeout_s: float = 10.0) -> AsyncIterator[AsyncSwarm]:
     """See ``client.open_swarm``."""
-    texts = [bootstrap] if isinstance(bootstrap, str) else list(bootstrap)
-    if not texts:
-        raise errors.AddressError("no address to start from")
+    texts = _spelled(bootstrap)
+    _check_timeout(timeout_s)
     peers = [addresses.parse_peer(text) for text in texts]
     async with open_host(Identity.generate()) as host, open_service_nursery() as nursery:
         dht = Dht(host, server=False)
@@ -182,3 +181,32 @@ async def open_swarm(bootstrap: str | Sequence[str], *, timeout_s: float = 10.0)
         await nursery.start(dht.run)
         yield AsyncSwarm(host, dht)
         nursery.cancel_scope.cancel()
+
+
+def _spelled(bootstrap: object) -> list[str]:
+    """Raises:
+    TypeError: neither an address nor several.
+    AddressError: none at all.
+    """
+    texts = [bootstrap] if isinstance(bootstrap, str) else bootstrap
+    if isinstance(texts, bytes | Mapping) or not isinstance(texts, Iterable):
+        raise TypeError(f"bootstrap is an address or a list of addresses, each a str, not {type(bootstrap).__name__}")
+    found = []
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"bootstrap is a list of addresses, each a str, but one is {type(text).__name__}")
+        found.append(text)
+    if not found:
+        raise errors.AddressError("no address to start from")
+    return found
+
+
+def _check_timeout(timeout_s: object) -> None:
+    """Raises:
+    TypeError: no number.
+    InvalidInput: not above 0.
+    """
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float):
+        raise TypeError(f"timeout_s is a number of seconds, not {type(timeout_s).__name__}")
+    if not timeout_s > 0:
+        raise InvalidInput(f"timeout_s is {timeout_s}: give a number of seconds above 0")

@@ -24,7 +24,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from compute.bloom.block import BloomBlock, BloomSpan, span_digest
 from compute.bloom.config import BloomConfig
 from compute.bloom.head import Embeddings, Head
-from compute.errors import CheckpointError, ModelNotFound
+from compute.errors import CheckpointError
 from compute.shards import Shard, open_shard
+from compute.sources import FolderSource, HubSource, Source
 from compute.tensors import tensor_bytes
 
 MAX_JSON_BYTES: Final = 64 << 20  # BLOOM-176B's index is 60 KB; a file far larger is not an index
@@ -49,122 +50,6 @@ _WORD_EMBEDDINGS: Final = "word_embeddings.weight"
 
 Progress = Callable[[int, int], None]
 M = TypeVar("M", bound=nn.Module)
-
-
-class Source(Protocol):
-    """Where a checkpoint's files come from."""
-
-    @property
-    def label(self) -> str:
-        """What people call it: a folder's path, a repository's name."""
-
-    @property
-    def is_local(self) -> bool:
-        """Whether ``find`` never fetches anything."""
-
-    def find(self, name: str) -> Path | None:
-        """The local path of a file that may not exist, fetched now if need be.
-
-        Raises:
-            CheckpointError: It cannot be found out.
-        """
-
-
-class FolderSource:
-    """Files of one folder. A file may be a symbolic link, as in the cache of Hugging Face."""
-
-    def __init__(self, folder: Path) -> None:
-        """Take a folder that exists.
-
-        Raises:
-            CheckpointError: It does not.
-        """
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder}: no such folder; give the folder of a Hugging Face checkpoint")
-        self._folder = folder
-
-    @property
-    def label(self) -> str:
-        """The folder's path."""
-        return str(self._folder)
-
-    @property
-    def is_local(self) -> bool:
-        """See :class:`Source`."""
-        return True
-
-    def find(self, name: str) -> Path | None:
-        """See :class:`Source`."""
-        path = self._folder / name
-        return path if path.is_file() else None
-
-
-class HubSource:
-    """Files of a repository on the Hugging Face hub, each fetched on first need into the usual cache.
-
-    The first file fixes the commit: a push between two files cannot mix two versions.
-    """
-
-    def __init__(self, repository: str, revision: str | None = None) -> None:
-        """Name a repository and, if wanted, a branch, tag or commit."""
-        self._repository = repository
-        self._revision = revision
-        self._found: dict[str, Path] = {}
-
-    @property
-    def label(self) -> str:
-        """The repository's name."""
-        return self._repository
-
-    @property
-    def is_local(self) -> bool:
-        """See :class:`Source`."""
-        return False
-
-    def find(self, name: str) -> Path | None:
-        """See :class:`Source`."""
-        if name in self._found:
-            return self._found[name]
-        try:
-            import huggingface_hub
-            from huggingface_hub import errors
-        except ImportError as exc:
-            raise CheckpointError(
-                f"{self._repository}: huggingface_hub is not installed; "
-                "run 'pip install huggingface_hub', or give the folder of a checkpoint"
-            ) from exc
-        try:
-            path = Path(huggingface_hub.hf_hub_download(self._repository, name, revision=self._revision))
-        except errors.LocalEntryNotFoundError as exc:  # a subclass of EntryNotFoundError that means "offline"
-            raise CheckpointError(
-                f"{self._repository}: {name} is not in the local cache and the hub cannot be reached; "
-                "check the connection and HF_HUB_OFFLINE"
-            ) from exc
-        except errors.EntryNotFoundError:
-            return None
-        except errors.GatedRepoError as exc:
-            raise CheckpointError(
-                f"{self._repository}: access is restricted; "
-                "ask for it on huggingface.co and log in with 'hf auth login'"
-            ) from exc
-        except errors.RepositoryNotFoundError as exc:
-            raise ModelNotFound(
-                f"{self._repository}: no such model on the Hugging Face hub; check the name, or log in if it is private"
-            ) from exc
-        except errors.RevisionNotFoundError as exc:
-            raise CheckpointError(
-                f"{self._repository}: no revision {self._revision!r}; name a branch, tag or commit that exists"
-            ) from exc
-        except (OSError, errors.HFValidationError) as exc:  # OSError is the base of the hub's HTTP errors
-            cause = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
-            raise CheckpointError(
-                f"{self._repository}: {name} cannot be fetched ({cause[:160]}); "
-                "check connection and disk, then try again"
-            ) from exc
-        if re.fullmatch(r"[0-9a-f]{40}", path.parent.name):  # .../snapshots/<commit>/<name>
-            self._revision = path.parent.name
-        self._found[name] = path
-        return path
 
 
 class Checkpoint:

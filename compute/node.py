@@ -24,7 +24,7 @@ from net.dht import keys
 from net.dht.service import Dht
 from net.errors import RpcError
 from net.host import Host
-from net.mux.driver import YamuxStream
+from net.mux.base import Stream
 from net.nurseries import open_service_nursery
 from net.protocol import session as wire
 from net.protocol.announcement import DIRECTORY, KIND, NodeAnnouncement, Numerics, read_all
@@ -192,7 +192,7 @@ class Node:
 
     # What we answer
 
-    async def _serve(self, connection: Connection, stream: YamuxStream) -> None:
+    async def _serve(self, connection: Connection, stream: Stream) -> None:
         session = _NodeSession(self)
         try:
             await lane.serve(

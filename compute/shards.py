@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import re
 import struct
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Protocol
@@ -109,9 +111,15 @@ class BinShard:
         Raises:
             CheckpointError: It is damaged, cut short, or holds something other than tensors.
         """
+        _check_archive(path)
         try:
             content: object = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as exc:
+        except pickle.UnpicklingError as exc:  # its text is a page on how to load the file all the same
+            raise CheckpointError(
+                f"{path.name}: holds something other than tensors, which is not loaded because it could run code; "
+                f"use the safetensors form of the checkpoint"
+            ) from exc
+        except (RuntimeError, OSError, EOFError, ValueError, KeyError) as exc:
             raise CheckpointError(
                 f"{path.name}: damaged, cut short, or no plain file of weights ({_line(exc)}); "
                 f"{_FETCH_AGAIN}, or use the safetensors form of the checkpoint"
@@ -154,7 +162,21 @@ def _check_header(path: Path) -> None:
         )
 
 
+def _check_archive(path: Path) -> None:
+    """Refuse what is no zip archive, of which the library says something else."""
+    try:
+        with path.open("rb") as file:
+            is_archive = zipfile.is_zipfile(file)
+    except OSError as exc:
+        raise CheckpointError(f"{path.name}: cannot be read ({_line(exc)}); {_FETCH_AGAIN}") from exc
+    if not is_archive:
+        raise CheckpointError(
+            f"{path.name}: damaged, cut short, or not written by torch.save since PyTorch 1.6; "
+            f"{_FETCH_AGAIN}, or use the safetensors form of the checkpoint"
+        )
+
+
 def _line(exc: BaseException) -> str:
-    """The first line of an error's text, short enough for one line of ours."""
+    """The first sentence of an error's text, short enough for one line of ours."""
     lines = str(exc).strip().splitlines()
-    return lines[0][:160] if lines else type(exc).__name__
+    return re.split(r"(?<=\w)\. ", lines[0])[0][:160] if lines else type(exc).__name__

@@ -40,9 +40,12 @@ class PeerAddress:
 
 
 def parse(text: str) -> Multiaddr:
-    """Raises:
-    AddressError: the text is no multiaddr.
+    """Spaces around it, as copying brings along, do not matter.
+
+    Raises:
+        AddressError: the text is no multiaddr.
     """
+    text = text.strip()
     if len(text) > MAX_ADDRESS_CHARACTERS:
         raise AddressError(f"address of {len(text)} characters: at most {MAX_ADDRESS_CHARACTERS} are read")
     try:

@@ -1,4 +1,4 @@
-"""What all commands share: one-line errors, --verbose, signals, where files go.
+"""What all commands share: options and their values, one-line errors, signals, a host, where files go.
 
 This module and those it imports are light, so that ``--help`` answers at once.
 """
@@ -6,17 +6,23 @@ This module and those it imports are light, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     import trio
+
+    from net.addresses import Multiaddr, PeerAddress
+    from net.host import Host
+    from net.identity import Identity
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -36,13 +42,70 @@ def add_json(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--json", action="store_true", help=f"print {what} as one JSON object")
 
 
-def add_identity(parser: argparse.ArgumentParser) -> None:
+def add_bootstrap(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--bootstrap", metavar="ADDR", action="append", required=True, help="a node of the swarm; may be repeated"
+    )
+
+
+def add_node(parser: argparse.ArgumentParser, listen: str, explained: str = "") -> None:
+    """Options of what others connect to; ``node_identity`` and ``listen_addresses`` read them.
+
+    Args:
+        parser: of the command.
+        listen: where it accepts connections by default.
+        explained: said after the default.
+    """
+    parser.add_argument(
+        "--listen",
+        metavar="MULTIADDR",
+        action="append",
+        help=f"where to accept connections; may be repeated (default: {listen}{explained})",
+    )
     parser.add_argument(
         "--identity",
         type=Path,
         metavar="FILE",
         help="the key that decides the PeerId; made if missing (default: one kept under the data folder)",
     )
+    parser.add_argument(
+        "--until-eof", action="store_true", help="end also when standard input ends, as a program's child should"
+    )
+    parser.set_defaults(default_listen=listen)
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """The type of an option: a whole number within bounds, which its error names."""
+
+    def read(text: str) -> int:
+        digits = text.lstrip("0") or "0"
+        if text.isascii() and text.isdigit() and len(digits) <= len(str(most)) and least <= int(digits) <= most:
+            return int(digits)
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a whole number from {least} to {most}")
+
+    return read
+
+
+def utf8(text: str) -> str:
+    """The type of an argument that is text: its bytes read as UTF-8, whatever the locale says."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not UTF-8 text") from None
+
+
+def read_stdin() -> str:
+    """All of standard input, read as UTF-8 text.
+
+    Raises:
+        UserError: it is closed, or no text.
+    """
+    if sys.stdin is None:
+        raise UserError("standard input is closed: nothing can be read from it")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError("what standard input gives is not UTF-8 text") from error
 
 
 def data_folder() -> Path:
@@ -57,15 +120,12 @@ def run(command: Callable[[], int | None], *, verbose: bool) -> int:
 
     A failure that is nobody's fault but ours is told as a bug.
     """
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.ERROR,
-        format="%(asctime)s %(name)s %(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
-    for noisy in ("libp2p", "httpx", "httpcore", "urllib3", "filelock", "asyncio"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        return command() or 0
+        _set_up_output(verbose=verbose)
+        status = command() or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what cannot be written is a failure as well
+        return status
     except BaseException as error:
         leaf = _first_leaf(error)
         if isinstance(leaf, KeyboardInterrupt):
@@ -74,11 +134,25 @@ def run(command: Callable[[], int | None], *, verbose: bool) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: no complaint at exit
             return EXIT_FAILURE
         if isinstance(leaf, SystemExit):
-            raise leaf from None
+            return leaf.code if isinstance(leaf.code, int) else EXIT_FAILURE
         if verbose:
             logging.getLogger(__name__).error("failed", exc_info=error)
-        print(f"raceme: error: {describe(leaf)}", file=sys.stderr)
+        if sys.stderr is not None:  # else it would go to standard output
+            print(f"raceme: error: {describe(leaf)}", file=sys.stderr)
         return EXIT_FAILURE
+
+
+def _set_up_output(*, verbose: bool) -> None:
+    """What a terminal cannot show becomes a question mark, never an error; the log goes to standard error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not when it is closed
+        sys.stdout.reconfigure(errors="replace")
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.ERROR,
+        format="%(asctime)s %(name)s %(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    for noisy in ("libp2p", "httpx", "httpcore", "urllib3", "filelock", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def describe(error: BaseException) -> str:
@@ -92,45 +166,135 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text} (this is a bug in Raceme; --verbose shows where)"
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a person sees it; a stream that was closed from the beginning is None."""
+    return stream is not None and stream.isatty()
+
+
 def _first_leaf(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
 
 
-async def until_signalled(service: Callable[[trio.Event], Awaitable[None]]) -> None:
-    """Run ``service(stop)``; SIGINT or SIGTERM sets ``stop``, and a second one cancels the service outright."""
+def bootstrap_addresses(options: argparse.Namespace) -> list[PeerAddress]:
+    """What ``--bootstrap`` says.
+
+    Raises:
+        AddressError: one cannot be read.
+    """
+    from net import addresses
+
+    return [addresses.parse_peer(text) for text in options.bootstrap]
+
+
+def listen_addresses(options: argparse.Namespace) -> list[Multiaddr]:
+    """What ``--listen`` says.
+
+    Raises:
+        AddressError: one cannot be read.
+        UserError: one names a peer.
+    """
+    from net import addresses
+
+    found = [addresses.parse(text) for text in options.listen or [options.default_listen]]
+    for address in found:
+        where, named, _ = str(address).partition("/p2p/")
+        if named:
+            raise UserError(
+                f"--listen {address}: says where to listen, not who: leave /p2p/... out, as in --listen {where} "
+                f"(who this is comes from --identity)"
+            )
+    return found
+
+
+def node_identity(options: argparse.Namespace, name: str) -> Identity:
+    """Who ``--identity`` says that we are; by default the first of our keys called ``name`` that nobody uses.
+
+    Raises:
+        IdentityError: the key cannot be used.
+    """
+    from net.identity import Identity
+
+    return Identity.default(data_folder(), name) if options.identity is None else Identity.load(options.identity)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within, Ctrl-C raises KeyboardInterrupt, for something has to be tidied up. (Elsewhere it ends the process.)"""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def run_host(
+    work: Callable[[Host], Awaitable[None]],
+    identity: Identity,
+    *,
+    listen: Sequence[Multiaddr] = (),
+    until_eof: bool = False,
+) -> None:
+    """Open a host and run ``work`` on it, until it ends, or SIGINT or SIGTERM comes, or standard input ends.
+
+    The host lives on while ``work`` is cancelled and cleans up. A second signal cancels that as well.
+
+    Args:
+        work: gets the host.
+        identity: the host's.
+        listen: where it accepts connections.
+        until_eof: whether the end of standard input counts as a signal.
+    """
     import trio
 
-    async with trio.open_nursery() as nursery:
-        stop = trio.Event()
-
-        async def watch(*, task_status: trio.TaskStatus[None]) -> None:
-            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-                task_status.started()
-                async for _ in signals:
-                    if stop.is_set():
-                        nursery.cancel_scope.cancel()
-                    stop.set()
-
-        await nursery.start(watch)
-        await service(stop)
-        nursery.cancel_scope.cancel()
-
-
-async def cancel_on(stop: trio.Event, work: Callable[[], Awaitable[None]]) -> None:
-    """Run ``work`` until it ends or ``stop`` is set; what surrounds the call lives on while it cleans up."""
+    from net.host import open_host
     from net.nurseries import open_service_nursery
 
-    async with open_service_nursery() as nursery:
+    async def watch_signals(
+        stop: trio.Event, whole: trio.CancelScope, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            task_status.started()
+            async for _ in signals:
+                if stop.is_set():
+                    whole.cancel()
+                stop.set()
 
-        async def watch() -> None:
-            await stop.wait()
-            nursery.cancel_scope.cancel()
+    async def watch_stdin(stop: trio.Event) -> None:
+        await trio.to_thread.run_sync(_wait_for_eof, abandon_on_cancel=True)
+        stop.set()
 
-        nursery.start_soon(watch)
-        await work()
-        nursery.cancel_scope.cancel()
+    async def main() -> None:
+        stop = trio.Event()
+        async with trio.open_nursery() as watchers:
+            await watchers.start(watch_signals, stop, watchers.cancel_scope)
+            if until_eof:
+                watchers.start_soon(watch_stdin, stop)
+            async with open_host(identity, listen=listen) as host, open_service_nursery() as nursery:
+
+                async def cancel_on_stop() -> None:
+                    await stop.wait()
+                    nursery.cancel_scope.cancel()
+
+                nursery.start_soon(cancel_on_stop)
+                await work(host)
+                nursery.cancel_scope.cancel()
+            watchers.cancel_scope.cancel()
+
+    with interruptible():
+        trio.run(main)
+
+
+def _wait_for_eof() -> None:
+    if sys.stdin is None:  # closed from the beginning; its number may be another file's by now
+        return
+    with suppress(OSError):  # what cannot be read has ended
+        while os.read(sys.stdin.fileno(), 65536):
+            pass
 
 
 def print_json(value: Any) -> None:

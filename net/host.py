@@ -19,7 +19,7 @@ from net import addresses, errors, multistream
 from net.addresses import Multiaddr, PeerAddress
 from net.identity import Identity, PeerId
 from net.limits import Limits
-from net.mux.driver import YamuxStream
+from net.mux.base import Stream
 from net.nurseries import open_service_nursery
 from net.peerstore import Peerstore
 from net.security.base import Security
@@ -34,7 +34,7 @@ __all__ = ["Handler", "Host", "open_host"]
 
 logger = logging.getLogger(__name__)
 
-Handler = Callable[[Connection, YamuxStream], Awaitable[None]]
+Handler = Callable[[Connection, Stream], Awaitable[None]]
 
 
 class Host:
@@ -97,7 +97,7 @@ class Host:
     @asynccontextmanager
     async def stream(
         self, peer_id: PeerId, protocols: Sequence[str], known: Iterable[Multiaddr] = ()
-    ) -> AsyncIterator[YamuxStream]:
+    ) -> AsyncIterator[Stream]:
         """A stream to the peer that speaks the first of ``protocols`` it knows; closed at the end of the block,
         reset when the block raises.
 
@@ -114,9 +114,7 @@ class Host:
             raise
         await stream.aclose()
 
-    async def open_stream(
-        self, peer_id: PeerId, protocols: Sequence[str], known: Iterable[Multiaddr] = ()
-    ) -> YamuxStream:
+    async def open_stream(self, peer_id: PeerId, protocols: Sequence[str], known: Iterable[Multiaddr] = ()) -> Stream:
         """As ``stream``, for those who keep it: the caller closes or resets it."""
         connection = await self.connect(peer_id, known)
         stream = connection.mux.open_stream()
@@ -130,7 +128,7 @@ class Host:
             raise
         return stream
 
-    async def _on_stream(self, connection: Connection, stream: YamuxStream) -> None:
+    async def _on_stream(self, connection: Connection, stream: Stream) -> None:
         """The boundary around everything that a peer can make a handler do."""
         try:
             with trio.fail_after(self.limits.negotiate_s):

@@ -16,7 +16,7 @@ import net.version
 from net import errors
 from net.identity import PeerId
 from net.io import receive_exactly, send
-from net.mux.driver import YamuxStream
+from net.mux.base import Stream
 from net.swarm import Connection
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ IDENTIFY_S = 5.0  # go-libp2p
 
 
 def serve_identify(host: Host) -> None:
-    async def answer(connection: Connection, stream: YamuxStream) -> None:
+    async def answer(connection: Connection, stream: Stream) -> None:
         message = Identify(
             protocol_version=PROTOCOL_VERSION,
             agent_version=f"raceme/{net.version.VERSION}",
@@ -70,7 +70,7 @@ async def identify(host: Host, peer_id: PeerId) -> Identify:
     return message
 
 
-async def _receive_message(stream: YamuxStream) -> bytes:
+async def _receive_message(stream: Stream) -> bytes:
     length = shift = 0
     while True:
         byte = (await receive_exactly(stream, 1))[0]

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from libp2p.crypto.ed25519 import create_new_key_pair
@@ -53,7 +55,9 @@ class Identity:
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            if not path.exists():
+                _make_key_file(path)
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise IdentityError(f"identity {path}: {error.strerror}; name another file with --identity") from error
         try:
@@ -74,10 +78,7 @@ class Identity:
             raise IdentityError(f"identity {path} can be read by others; run: chmod 600 {path}")
         data = os.read(fd, MAX_KEY_FILE_BYTES)
         if not data:
-            pair = create_new_key_pair()
-            os.write(fd, pair.private_key.serialize())
-            os.fsync(fd)
-            return cls(pair, path, fd)
+            raise IdentityError(f"identity {path} is empty; put the key back, or delete the file to get a new PeerId")
         try:
             private = deserialize_private_key(data)
             if private.get_type() != KeyType.Ed25519:
@@ -132,3 +133,21 @@ class Identity:
             return int(path.read_text())
         except ValueError as error:
             raise IdentityError(f"{path} does not hold a number; delete it") from error
+
+
+def _make_key_file(path: Path) -> None:
+    """A new key at ``path``, whole from the first moment; one that appears there meanwhile is left as it is.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(create_new_key_pair().private_key.serialize())
+            file.flush()
+            os.fsync(fd)
+        with suppress(FileExistsError):  # another process was faster
+            os.link(name, path)
+    finally:
+        os.unlink(name)

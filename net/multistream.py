@@ -30,8 +30,7 @@ async def propose(stream: trio.abc.Stream, protocols: Sequence[str]) -> str:
         ConnectionLost: the stream ended first.
     """
     await send(stream, _message(HEADER) + _message(protocols[0]))
-    if (header := await _receive(stream)) != HEADER:
-        raise RemoteProtocolError(f"expected {HEADER}, got {header!r}")
+    await _receive_header(stream)
     for index, protocol in enumerate(protocols):
         if index:
             await send(stream, _message(protocol))
@@ -52,8 +51,7 @@ async def answer(stream: trio.abc.Stream, protocols: Collection[str]) -> str:
         ConnectionLost: the stream ended first.
     """
     await send(stream, _message(HEADER))
-    if (header := await _receive(stream)) != HEADER:
-        raise RemoteProtocolError(f"expected {HEADER}, got {header!r}")
+    await _receive_header(stream)
     for _ in range(MAX_PROPOSALS):
         proposal = await _receive(stream)
         if proposal in protocols:
@@ -69,11 +67,23 @@ def _message(text: str) -> bytes:
     return (bytes([length]) if length < 128 else bytes([length & 127 | 128, length >> 7])) + data
 
 
-async def _receive(stream: trio.abc.Stream) -> str:
+async def _receive_header(stream: trio.abc.Stream) -> None:
+    """The first message tells whether this is libp2p at all. A length too great is no header: nothing more is awaited
+    from a server of another kind, which may say little and then wait.
+    """
+    try:
+        header = await _receive(stream, len(_message(HEADER)) - 1)
+        if header != HEADER:
+            raise RemoteProtocolError(f"expected {HEADER}, got {header!r}")
+    except RemoteProtocolError as error:
+        raise RemoteProtocolError(f"something other than a libp2p node is there: {error}") from error
+
+
+async def _receive(stream: trio.abc.Stream, max_bytes: int = MAX_MESSAGE_BYTES) -> str:
     length = (await receive_exactly(stream, 1))[0]
     if length >= 128:
         length = length & 127 | (await receive_exactly(stream, 1))[0] << 7
-    if not 0 < length <= MAX_MESSAGE_BYTES:
+    if not 0 < length <= max_bytes:
         raise RemoteProtocolError(f"a multistream message of {length} bytes")
     data = await receive_exactly(stream, length)
     try:

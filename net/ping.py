@@ -15,7 +15,7 @@ import trio
 from net import errors
 from net.identity import PeerId
 from net.io import receive_exactly, send
-from net.mux.driver import YamuxStream
+from net.mux.base import Stream
 from net.swarm import Connection
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def serve_ping(host: Host) -> None:
     host.handle(PROTOCOL_ID, _answer)
 
 
-async def _answer(connection: Connection, stream: YamuxStream) -> None:
+async def _answer(connection: Connection, stream: Stream) -> None:
     while True:
         with trio.move_on_after(IDLE_S) as scope:
             data = await stream.receive_some(PING_BYTES)

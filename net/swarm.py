@@ -1,8 +1,9 @@
 """Connections: dialling, accepting, keeping, ending.
 
-A connection is a transport's byte stream, secured (Noise or TLS, agreed by multistream-select), and
-muxed (Yamux). Addresses of one peer are dialled side by side with a short stagger, and the first that
-is fully up is kept. Every budget is in ``limits.py``; every slot is freed when its connection ends.
+A connection is a transport's byte stream, secured (Noise or TLS, agreed by multistream-select) and muxed
+(Yamux), or one that came so from its transport (QUIC). Addresses of one peer are dialled side by side with
+a short stagger, and the first that is fully up is used. Every budget is in ``limits.py``; every slot is freed
+when its connection ends.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from net import errors, keeping, multistream
 from net.addresses import Multiaddr
 from net.identity import Identity, PeerId
 from net.limits import ConnectionCounts, Limits
+from net.mux.base import Muxer, Stream
 from net.mux.core import YamuxSettings
 from net.mux.driver import PROTOCOL_ID as YAMUX
-from net.mux.driver import YamuxConnection, YamuxStream
+from net.mux.driver import YamuxConnection
 from net.nurseries import open_service_nursery
 from net.security.base import SecureChannel, Security
-from net.transports.base import RawConnection, Transport
+from net.transports.base import Arrived, MuxedConnection, RawConnection, RunningTransport, Transport
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ class Connection:
     local: Multiaddr | None
     security: str
     outbound: bool
-    mux: YamuxConnection
+    mux: Muxer
     since: float  # trio's time
 
 
@@ -49,7 +51,7 @@ class _Dialling:
     failure: errors.NetError | None = None
 
 
-OnStream = Callable[[Connection, YamuxStream], Awaitable[None]]
+OnStream = Callable[[Connection, Stream], Awaitable[None]]
 
 
 class Swarm:
@@ -90,6 +92,9 @@ class Swarm:
         async with open_service_nursery() as nursery:
             self._nursery = nursery
             try:
+                for transport in self._transports:
+                    if isinstance(transport, RunningTransport):
+                        await nursery.start(transport.run)
                 bound: list[Multiaddr] = []
                 for address in listen:
                     transport = self._transport_for(address)
@@ -190,8 +195,8 @@ class Swarm:
         if self._nursery is None:
             raise errors.LocalProtocolError("the swarm is not running")
         with trio.move_on_after(self._limits.dial_s):
-            raw = await self._transport_for(address).dial(address)
-            connection: Connection = await self._nursery.start(self._carry, raw, peer_id)
+            arrived = await self._transport_for(address).dial(address, peer_id)
+            connection: Connection = await self._nursery.start(self._carry, arrived, peer_id)
             return connection
         raise errors.DialError(f"{address}: no answer within {self._limits.dial_s:g} s")
 
@@ -213,32 +218,51 @@ class Swarm:
 
     # Accepting
 
-    async def _accept(self, raw: RawConnection) -> None:
+    async def _accept(self, arrived: Arrived) -> None:
         """One inbound connection, from its first byte to its end: the boundary for what its peer does."""
         try:
-            await self._carry(raw, None)
+            await self._carry(arrived, None)
         except errors.NetError as error:
-            logger.debug("inbound connection from %s: %s", raw.remote, error)
+            logger.debug("inbound connection from %s: %s", arrived.remote, error)
         except Exception:  # a bug of ours: loud, but it ends this connection alone
-            logger.exception("the inbound connection from %s failed", raw.remote)
+            logger.exception("the inbound connection from %s failed", arrived.remote)
 
     # Both
 
     async def _carry(
         self,
-        raw: RawConnection,
+        arrived: Arrived,
         expected: PeerId | None,
         *,
         task_status: trio.TaskStatus[Connection] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Secure, mux and carry one connection until it ends; always closes it."""
+        """Secure and mux one connection, where its transport has not, and carry it until it ends; always closes it."""
         try:
-            with self._counts.connection(raw.remote):
-                channel, security = await self._secure(raw, expected)
-                with self._counts.peer(channel.remote_peer):
-                    await self._carry_streams(raw, channel, security, expected is not None, task_status)
+            with self._counts.connection(arrived.remote):
+                if isinstance(arrived, MuxedConnection):
+                    muxed = arrived
+                    if expected is not None and muxed.peer_id != expected:
+                        raise errors.PeerIdMismatch(expected, muxed.peer_id)
+                else:
+                    muxed = await self._upgrade(arrived, expected)
+                with self._counts.peer(muxed.peer_id):
+                    await self._carry_streams(muxed, expected is not None, task_status)
         finally:
-            await trio.aclose_forcefully(raw.stream)
+            if isinstance(arrived, MuxedConnection):
+                arrived.mux.close()
+            else:
+                await trio.aclose_forcefully(arrived.stream)
+
+    async def _upgrade(self, raw: RawConnection, expected: PeerId | None) -> MuxedConnection:
+        channel, security = await self._secure(raw, expected)
+        settings = YamuxSettings(max_inbound_streams=self._limits.inbound_streams_per_connection)
+        return MuxedConnection(
+            mux=YamuxConnection(channel, client=expected is not None, settings=settings),
+            peer_id=channel.remote_peer,
+            security=security,
+            local=raw.local,
+            remote=raw.remote,
+        )
 
     async def _secure(self, raw: RawConnection, expected: PeerId | None) -> tuple[SecureChannel, str]:
         if expected is None and self._handshakes >= self._limits.handshakes:
@@ -268,25 +292,21 @@ class Swarm:
 
     async def _carry_streams(
         self,
-        raw: RawConnection,
-        channel: SecureChannel,
-        security: str,
+        muxed: MuxedConnection,
         outbound: bool,
         task_status: trio.TaskStatus[Connection],
     ) -> None:
-        settings = YamuxSettings(max_inbound_streams=self._limits.inbound_streams_per_connection)
-        mux = YamuxConnection(channel, client=outbound, settings=settings)
         connection = Connection(
-            peer_id=channel.remote_peer,
-            remote=raw.remote,
-            local=raw.local,
-            security=security,
+            peer_id=muxed.peer_id,
+            remote=muxed.remote,
+            local=muxed.local,
+            security=muxed.security,
             outbound=outbound,
-            mux=mux,
+            mux=muxed.mux,
             since=trio.current_time(),
         )
 
-        async def on_stream(stream: YamuxStream) -> None:
+        async def on_stream(stream: Stream) -> None:
             await self._on_stream(connection, stream)
 
         siblings = self._connections.setdefault(connection.peer_id, [])
@@ -297,7 +317,7 @@ class Swarm:
             idle.mux.close()
         try:
             async with trio.open_nursery() as nursery:
-                await nursery.start(mux.run, on_stream)
+                await nursery.start(connection.mux.run, on_stream)
                 task_status.started(connection)
         finally:
             siblings.remove(connection)

@@ -14,6 +14,7 @@ from net.host import Host, open_host
 from net.identity import Identity, PeerId
 from net.limits import Limits
 from net.mux import core as yamux
+from net.mux.base import Stream
 from net.mux.driver import YamuxConnection, YamuxStream
 from net.mux.frames import HEADER_BYTES, Header, Type
 from net.security.base import Buffer, SecureChannel, Security
@@ -157,7 +158,7 @@ async def refuse(stream: YamuxStream) -> None:
     stream.reset()
 
 
-async def echo(stream: YamuxStream) -> None:
+async def echo(stream: Stream) -> None:
     """Give back what comes, until its end."""
     while data := await stream.receive_some():
         await stream.send_all(data)

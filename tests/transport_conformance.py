@@ -19,7 +19,7 @@ from net.host import open_host
 from net.limits import Limits
 from net.security.noise import NoiseSecurity
 from net.security.tls import TlsSecurity
-from net.transports.base import Accept, RawConnection, Transport
+from net.transports.base import Accept, Arrived, RawConnection, Transport
 from tests.net_helpers import receive_all, receive_count, seeded
 
 SIZES = [0, 1, 125, 126, 65_535, 65_536, 65_537, 2_000_000]
@@ -54,6 +54,13 @@ class Pair:
     bound: Multiaddr
 
 
+def byte_stream(arrived: Arrived) -> RawConnection:
+    """What transports give that leave securing and muxing to the swarm."""
+    if not isinstance(arrived, RawConnection):
+        raise TypeError(f"{arrived} is no byte stream")
+    return arrived
+
+
 class TransportConformance(ABC):
     @abstractmethod
     def rig(self) -> Rig: ...
@@ -72,13 +79,14 @@ class TransportConformance(ABC):
         rig = self.rig()
         arrivals, departures = trio.open_memory_channel[RawConnection](1)
 
-        async def accept(raw: RawConnection) -> None:
+        async def accept(arrived: Arrived) -> None:
+            raw = byte_stream(arrived)
             async with raw.stream:
                 arrivals.send_nowait(raw)
                 await trio.sleep_forever()
 
         async with self.listening(rig, accept) as bound:
-            dialled = await rig.make().dial(bound)
+            dialled = byte_stream(await rig.make().dial(bound))
             async with dialled.stream:
                 yield Pair(dialled=dialled, accepted=await departures.receive(), bound=bound)
 
@@ -209,7 +217,8 @@ class TransportConformance(ABC):
         for words in (b"", b"\x13/multistream/9.9.9\n", b"HTTP/1.1 400 Bad Request\r\n\r\n", bytes(5_000)):
             rig = self.rig()
 
-            async def babble(raw: RawConnection, words: bytes = words) -> None:
+            async def babble(arrived: Arrived, words: bytes = words) -> None:
+                raw = byte_stream(arrived)
                 async with raw.stream:
                     try:
                         await raw.stream.send_all(words)
@@ -225,7 +234,8 @@ class TransportConformance(ABC):
         rig = self.rig()
         ended = trio.Event()
 
-        async def listen_silently(raw: RawConnection) -> None:
+        async def listen_silently(arrived: Arrived) -> None:
+            raw = byte_stream(arrived)
             async with raw.stream:
                 try:
                     await receive_all(raw.stream)
@@ -306,7 +316,7 @@ class TransportConformance(ABC):
         at = rig.anywhere
         for _ in range(2):
             async with self.listening(rig, nothing, at) as bound:
-                await (await rig.make().dial(bound)).stream.aclose()
+                await byte_stream(await rig.make().dial(bound)).stream.aclose()
             at = bound
             with pytest.raises(DialError):
                 await rig.make().dial(bound)
@@ -315,12 +325,13 @@ class TransportConformance(ABC):
     async def test_many_connections_at_once(self) -> None:
         rig = self.rig()
 
-        async def echo(raw: RawConnection) -> None:
+        async def echo(arrived: Arrived) -> None:
+            raw = byte_stream(arrived)
             async with raw.stream:
                 await raw.stream.send_all(await receive_count(raw.stream, 4))
 
         async def ask(bound: Multiaddr, number: int) -> None:
-            async with (await rig.make().dial(bound)).stream as stream:
+            async with byte_stream(await rig.make().dial(bound)).stream as stream:
                 await stream.send_all(b"%4d" % number)
                 assert await receive_count(stream, 4) == b"%4d" % number
 
@@ -329,7 +340,8 @@ class TransportConformance(ABC):
                 askers.start_soon(ask, bound, number)
 
 
-async def nothing(raw: RawConnection) -> None:
+async def nothing(arrived: Arrived) -> None:
+    raw = byte_stream(arrived)
     await raw.stream.aclose()
 
 

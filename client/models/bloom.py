@@ -20,12 +20,13 @@ from client.portal import Portal
 from compute.bloom import Embeddings, Head, span_digest
 from compute.checkpoint import Checkpoint
 from compute.errors import CheckpointError
-from compute.models import find_checkpoint
+from compute.models import find_checkpoint, is_folder
 
 if TYPE_CHECKING:
     from client.swarm import AsyncSwarm, ServedModel
     from net.protocol.announcement import NodeAnnouncement
 
+IGNORED_LABEL = -100
 MAX_CHECKED_BYTES = 512 * 1024 * 1024  # hashed when a model is made: about a second
 
 
@@ -108,6 +109,8 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
             InvalidInput: an empty prompt, one too long for the nodes, rows of different lengths.
             MissingBlocks, SessionFailed: the swarm cannot compute it (any more).
         """
+        if session is not None and not isinstance(session, SessionCache):
+            raise InvalidInput(f"session is what model.session() gives, not {type(session).__name__}")
         ids = inputs if inputs is not None else options.get("input_ids")
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
             raise InvalidInput("generate takes token ids as an integer tensor of shape [batch, tokens]")
@@ -127,39 +130,98 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: SessionCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
         return_dict: bool | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
         **_: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits of the next tokens.
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits of the next tokens, and their loss. There are no gradients.
+
+        Args:
+            input_ids: the tokens.
+            attention_mask: all ones.
+            past_key_values: the session that has the tokens before these; by default one for this call alone.
+            inputs_embeds: not taken: the session keeps its tokens as ids.
+            labels: the token at each position, which the position before should foretell; -100 where none counts.
+            use_cache: false to compute from the beginning of the session.
+            output_attentions: not given: attention is computed on the nodes.
+            output_hidden_states: not given: what lies between blocks stays on the nodes.
+            logits_to_keep: how many positions at the end, or which; 0 for all.
+            return_dict: false for a tuple.
+            num_items_in_batch: divide the loss by this instead of the number of labels that count.
 
         Shapes:
             input_ids: [b, t]
-            attention_mask: [b, anything], all ones
-            logits: [b, t, vocabulary], or the last ``logits_to_keep`` positions
+            attention_mask: [b, anything]
+            labels: [b, t]
+            logits: [b, t, vocabulary], or only the positions to keep
+            loss: []
 
         Raises: as ``generate``.
         """
-        if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        ids = self._checked_ids(input_ids, attention_mask, inputs_embeds)
+        for name, asked in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
+            if asked or (asked is None and getattr(self.config, name)):
+                raise InvalidInput(f"{name} cannot be given: it stays on the nodes; leave the option out")
+        if labels is not None:
+            self._check_labels(labels, ids, logits_to_keep)
+        if past_key_values is None:
+            with self.session() as session:
+                logits = self._logits(ids, session, logits_to_keep)
+                past_key_values = session
+        else:
+            if use_cache is False:
+                past_key_values.position = 0
+            logits = self._logits(ids, past_key_values, logits_to_keep)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(  # transformers' own
+                logits, labels.long(), vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def _checked_ids(
+        self, ids: torch.Tensor | None, attention_mask: torch.Tensor | None, embeddings: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Raises:
+        InvalidInput: not what a step can be made of.
+        """
+        if embeddings is not None:
+            raise InvalidInput("inputs_embeds are not taken: pass input_ids")
+        if ids is None or ids.dim() != 2 or ids.shape[1] == 0:
             raise InvalidInput("forward takes token ids of shape [batch, tokens], at least one token")
-        if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.config.vocab_size:
+        if not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
             raise InvalidInput(f"token ids must lie in 0 to {self.config.vocab_size - 1}")
         if attention_mask is not None and not bool(attention_mask.all()):
             raise InvalidInput("rows of different lengths are not computed together yet: pass rows of equal length")
-        if past_key_values is None:
-            with self.session() as session:
-                return self._forward(input_ids, session, logits_to_keep)
-        if use_cache is False:
-            past_key_values.position = 0
-        return self._forward(input_ids, past_key_values, logits_to_keep)
+        return ids
 
-    def _forward(self, ids: torch.Tensor, session: SessionCache, logits_to_keep: int) -> CausalLMOutputWithPast:
+    def _check_labels(self, labels: torch.Tensor, ids: torch.Tensor, logits_to_keep: int | torch.Tensor) -> None:
+        """Raises:
+        InvalidInput: no loss can be computed.
+        """
+        if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.shape != ids.shape:
+            raise InvalidInput(f"labels are token ids as an integer tensor of input_ids' shape, {list(ids.shape)}")
+        if not isinstance(logits_to_keep, int) or logits_to_keep:
+            raise InvalidInput("the loss needs all logits: leave logits_to_keep out")
+        counted = labels[labels != IGNORED_LABEL]
+        if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < self.config.vocab_size:
+            raise InvalidInput(f"labels must lie in 0 to {self.config.vocab_size - 1}, or be {IGNORED_LABEL}")
+
+    def _logits(self, ids: torch.Tensor, session: SessionCache, to_keep: int | torch.Tensor) -> torch.Tensor:
+        kept = slice(-to_keep, None) if isinstance(to_keep, int) else to_keep
         with torch.inference_mode():
             hidden = self.embeddings(ids)  # [b, t, d]
             hidden = session.step(hidden, ids)  # [b, t, d]
-            logits = self.head(hidden[:, -logits_to_keep:])  # [b, t or kept, vocabulary]
-        return CausalLMOutputWithPast(logits=logits.clone(), past_key_values=session)
+            logits: torch.Tensor = self.head(hidden[:, kept])  # [b, t or kept, vocabulary]
+        return logits.clone()  # outside: one that can be used like any other
 
     def _prepare_cache_for_generation(
         self,
@@ -231,18 +293,19 @@ def _weights_check(checkpoint: Checkpoint) -> Callable[[NodeAnnouncement], bool]
 
 
 def _local_files(name: str, served: Sequence[ServedModel]) -> Checkpoint:
-    known = {model.name for model in served}
-    is_path = Path(name).is_dir()
-    if not is_path and name not in known and ("/" not in name or name.startswith((".", "/"))):
+    if not isinstance(name, str):
+        raise TypeError(f"a model's name, or its folder's path, is a str, not {type(name).__name__}")
+    is_known = any(model.name == name for model in served)
+    if not is_known and not Path(name).is_dir() and ("/" not in name or name.startswith((".", "/"))):
         raise UnknownModel(f"nobody serves {name}; {_spell(served)}")
     try:
         return find_checkpoint(name)
     except CheckpointError as error:
-        if is_path or name not in known:
+        if is_folder(name) or not is_known:
             raise
         raise UnknownModel(
             f"{name} is served, but its files are not on this machine (the client holds embeddings and head): "
-            f"name the folder of its checkpoint instead"
+            f"name the folder of its checkpoint instead, with a / in its path, as ./{name}"
         ) from error
 
 

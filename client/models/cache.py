@@ -68,8 +68,8 @@ class SessionCache:
         room = self._session.max_length
         if tokens > room:
             raise InvalidInput(
-                f"prompt and new tokens make {tokens + 1} tokens; the nodes on the chain allow {room + 1}: "
-                f"shorten the prompt or ask for fewer new tokens"
+                f"prompt and new tokens make {tokens + 1} tokens; the nodes on the chain allow {room + 1} ({room} in "
+                f"the session, and the last one, which is never sent): shorten the prompt or ask for fewer new tokens"
             )
         return room
 

@@ -13,6 +13,7 @@ import trio
 
 from net import errors
 from net.mux import core as yamux
+from net.mux.base import Muxer, Stream
 from net.mux.frames import GoAway
 from net.security.base import RECORD_BYTES, SecureChannel
 
@@ -25,16 +26,7 @@ GOODBYE_S = 1.0
 LINGER_S = 60.0  # for the peer's end of a stream that we closed
 
 
-class YamuxStream(trio.abc.HalfCloseableStream):
-    """One stream. At most one task sends and one receives at a time.
-
-    Raises (from sending and receiving): ``errors.StreamReset`` when the peer reset it,
-    ``errors.ConnectionLost`` when the connection ended under it, ``trio.ClosedResourceError`` when it was
-    closed or reset here. An end that the peer meant is ``b""``.
-
-    Cancellation: of ``send_all``, an unknown part was sent; of ``receive_some``, nothing is lost.
-    """
-
+class YamuxStream(Stream):
     def __init__(self, connection: YamuxConnection, stream_id: int) -> None:
         self.connection = connection
         self.stream_id = stream_id
@@ -94,7 +86,6 @@ class YamuxStream(trio.abc.HalfCloseableStream):
         await trio.lowlevel.checkpoint()
 
     def reset(self) -> None:
-        """End both directions now; the peer learns that it was no proper end."""
         self._closed = True
         self._received.clear()
         self.connection._reset(self.stream_id)
@@ -130,8 +121,8 @@ class YamuxStream(trio.abc.HalfCloseableStream):
         self._writable.unpark_all()
 
 
-class YamuxConnection:
-    """Streams over one secure channel, for as long as ``run`` runs."""
+class YamuxConnection(Muxer):
+    """Streams over one secure channel."""
 
     def __init__(self, channel: SecureChannel, *, client: bool, settings: yamux.YamuxSettings | None = None) -> None:
         self._channel = channel
@@ -149,7 +140,7 @@ class YamuxConnection:
 
     @property
     def round_trip_s(self) -> float | None:
-        """Smoothed, from keepalive pings; None before the first."""
+        """From keepalive pings."""
         return self._core.round_trip_s
 
     @property
@@ -158,7 +149,6 @@ class YamuxConnection:
 
     @property
     def is_closed(self) -> bool:
-        """Whether it takes no new streams: closed, or about to be."""
         return self._closing or self._failure is not None or not self._core.takes_streams
 
     async def run(
@@ -167,11 +157,6 @@ class YamuxConnection:
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Carry the streams until either side closes the connection; ``on_stream`` runs for each of the peer's.
-
-        Always closes the channel and fails what is still open. ``on_stream`` must not raise.
-        Cancellation: says goodbye for at most a second.
-        """
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._read, on_stream, nursery)
@@ -186,12 +171,6 @@ class YamuxConnection:
             await trio.aclose_forcefully(self._channel)
 
     def open_stream(self) -> YamuxStream:
-        """A new stream. The peer may still refuse it, which then reads as a reset.
-
-        Raises:
-            LimitExceeded: too many are open.
-            ConnectionLost: the connection is closed.
-        """
         if self._failure is not None:
             raise self._failure
         stream_id = self._core.open_stream(trio.current_time())
@@ -201,7 +180,6 @@ class YamuxConnection:
         return stream
 
     def close(self) -> None:
-        """Make ``run`` end."""
         self._closing = True
         self._writer_scope.deadline = min(self._writer_scope.deadline, trio.current_time() + GOODBYE_S)
         self._core.go_away()

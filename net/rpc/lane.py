@@ -16,7 +16,7 @@ import trio
 
 from net import errors
 from net.identity import PeerId
-from net.mux.driver import YamuxStream
+from net.mux.base import Stream
 from net.rpc import packing
 from net.rpc.framing import Decoder, Message, encode
 
@@ -34,7 +34,7 @@ Method = Callable[[Message], Awaitable[Message]]
 class Lane:
     """The calling side of a stream. Closes it at the end of its block, or when a call fails half-way."""
 
-    def __init__(self, stream: YamuxStream, peer_id: PeerId) -> None:
+    def __init__(self, stream: Stream, peer_id: PeerId) -> None:
         self.peer_id = peer_id
         self._stream = stream
         self._messages = _MessageStream(stream)
@@ -106,7 +106,7 @@ class Lane:
             await self.aclose()
 
 
-async def serve(stream: YamuxStream, peer_id: PeerId, methods: Mapping[str, Method], *, idle_s: float) -> None:
+async def serve(stream: Stream, peer_id: PeerId, methods: Mapping[str, Method], *, idle_s: float) -> None:
     """Answer calls on a stream until its end, or until ``idle_s`` pass without one.
 
     A method refuses by raising RpcError. RemoteProtocolError in a method means that the call's fields made
@@ -165,7 +165,7 @@ def _read_error(fields: Mapping[str, Any]) -> errors.RpcError:
 class _MessageStream:
     """Whole messages over a stream; whoever begins one must go on at a decent pace."""
 
-    def __init__(self, stream: YamuxStream) -> None:
+    def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._decoder = Decoder()
         self._ready: list[Message] = []

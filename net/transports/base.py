@@ -1,17 +1,19 @@
-"""What every transport is: three methods, and a byte stream on success."""
+"""What every transport is: three methods, and on success a byte stream, or a connection that needs nothing more."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import trio
 
 from net.addresses import Multiaddr
+from net.identity import PeerId
+from net.mux.base import Muxer
 
-__all__ = ["Accept", "RawConnection", "RawStream", "Transport"]
+__all__ = ["Accept", "Arrived", "MuxedConnection", "RawConnection", "RawStream", "RunningTransport", "Transport"]
 
 
 class RawStream(trio.abc.Stream):
@@ -48,7 +50,22 @@ class RawConnection:
     remote: Multiaddr
 
 
-Accept = Callable[[RawConnection], Awaitable[None]]
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MuxedConnection:
+    """A connection whose transport has secured and muxed it already. Whoever gets it runs ``mux``.
+
+    ``peer_id`` is authenticated; whether it is the one that was wanted is the caller's to check.
+    """
+
+    mux: Muxer
+    peer_id: PeerId
+    security: str
+    local: Multiaddr | None
+    remote: Multiaddr
+
+
+Arrived = RawConnection | MuxedConnection
+Accept = Callable[[Arrived], Awaitable[None]]
 
 
 class Transport(Protocol):
@@ -57,8 +74,12 @@ class Transport(Protocol):
     def can_dial(self, address: Multiaddr) -> bool:
         """Whether ``address`` (without ``/p2p/...``) is of this transport's kind."""
 
-    async def dial(self, address: Multiaddr) -> RawConnection:
+    async def dial(self, address: Multiaddr, peer_id: PeerId | None = None) -> Arrived:
         """Connect. Waits as long as the network makes it wait: the caller sets the deadline.
+
+        Args:
+            address: where.
+            peer_id: whom we want there, for transports that need to know.
 
         Raises:
             DialError: refused, unreachable, or no such host.
@@ -79,3 +100,11 @@ class Transport(Protocol):
         Raises:
             AddressError: the address cannot be listened on (in use, not ours, not permitted).
         """
+
+
+@runtime_checkable
+class RunningTransport(Transport, Protocol):
+    """A transport with tasks of its own, which serve all its connections."""
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled; the swarm starts it before it dials or listens."""

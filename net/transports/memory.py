@@ -12,6 +12,7 @@ import trio
 
 from net.addresses import Multiaddr
 from net.errors import AddressError, DialError
+from net.identity import PeerId
 from net.io import SingleUse, check_max_bytes
 from net.transports.base import Accept, RawConnection
 
@@ -43,7 +44,7 @@ class MemoryTransport:
     def can_dial(self, address: Multiaddr) -> bool:
         return _port(address) is not None
 
-    async def dial(self, address: Multiaddr) -> RawConnection:
+    async def dial(self, address: Multiaddr, peer_id: PeerId | None = None) -> RawConnection:
         port = _port(address)
         listener = None if port is None else self._network._listeners.get(port)
         await trio.lowlevel.checkpoint()

@@ -10,6 +10,7 @@ import trio
 from net import addresses
 from net.addresses import Multiaddr
 from net.errors import AddressError, DialError
+from net.identity import PeerId
 from net.transports.base import Accept, RawConnection
 from net.transports.socket_stream import SocketStream
 
@@ -22,7 +23,7 @@ class TcpTransport:
     def can_dial(self, address: Multiaddr) -> bool:
         return addresses.host_port(address) is not None
 
-    async def dial(self, address: Multiaddr) -> RawConnection:
+    async def dial(self, address: Multiaddr, peer_id: PeerId | None = None) -> RawConnection:
         stream = await connect(address, *_host_port(address))
         local = local_address(stream)
         return RawConnection(stream=SocketStream(stream), local=local, remote=address)

@@ -35,6 +35,7 @@ from wsproto.utilities import ProtocolError
 from net import addresses
 from net.addresses import Multiaddr
 from net.errors import AddressError, DialError
+from net.identity import PeerId
 from net.io import SingleUse, check_max_bytes
 from net.nurseries import open_service_nursery
 from net.transports.base import Accept, RawConnection
@@ -57,7 +58,7 @@ class WebSocketTransport:
     def can_dial(self, address: Multiaddr) -> bool:
         return addresses.websocket_host_port(address) is not None
 
-    async def dial(self, address: Multiaddr) -> RawConnection:
+    async def dial(self, address: Multiaddr, peer_id: PeerId | None = None) -> RawConnection:
         host, port = _host_port(address)
         connected = await connect(address, host, port)
         local = local_address(connected).encapsulate(SUFFIX)

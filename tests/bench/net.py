@@ -33,7 +33,7 @@ from net.addresses import Multiaddr, PeerAddress, parse, parse_peer
 from net.host import Host, open_host
 from net.identity import Identity
 from net.io import receive_exactly
-from net.mux.driver import YamuxStream
+from net.mux.base import Stream as MuxStream
 from net.security.base import Security
 from net.security.noise import NoiseSecurity
 from net.security.tls import TlsSecurity
@@ -81,10 +81,10 @@ async def _serve(folder: Path) -> None:
             await (_sink if kind == b"s" else _echo)(stream)
         await trio.aclose_forcefully(stream)
 
-    async def on_sink(connection: Connection, stream: YamuxStream) -> None:
+    async def on_sink(connection: Connection, stream: MuxStream) -> None:
         await _sink(stream)
 
-    async def on_echo(connection: Connection, stream: YamuxStream) -> None:
+    async def on_echo(connection: Connection, stream: MuxStream) -> None:
         await _echo(stream)
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

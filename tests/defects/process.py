@@ -19,7 +19,7 @@ import trio
 from net import addresses
 from net.addresses import PeerAddress
 from net.host import open_host
-from net.mux.driver import YamuxStream
+from net.mux.base import Stream
 from net.swarm import Connection
 from tests.defects.stacks import PROTOCOL
 from tests.net_helpers import seeded
@@ -65,7 +65,7 @@ def peer_process() -> Iterator[PeerProcess]:
 
 
 async def _serve() -> None:
-    async def begin(connection: Connection, stream: YamuxStream) -> None:
+    async def begin(connection: Connection, stream: Stream) -> None:
         await stream.send_all(BEGINNING)
         await trio.sleep_forever()
 

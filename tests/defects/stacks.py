@@ -27,9 +27,9 @@ import net.host
 from net import errors
 from net.addresses import Multiaddr
 from net.identity import PeerId
-from net.mux.driver import YamuxStream
+from net.mux.base import Stream as MuxStream
 from net.swarm import Connection
-from net.transports.base import RawConnection
+from net.transports.base import Arrived, RawConnection
 from net.transports.memory import MemoryTransport
 from tests.net_helpers import MEMORY_ANY, seeded
 
@@ -153,7 +153,7 @@ def _ours_translated() -> Iterator[None]:
 
 
 class _OurStream:
-    def __init__(self, stream: YamuxStream) -> None:
+    def __init__(self, stream: MuxStream) -> None:
         self._stream = stream
 
     async def receive(self) -> bytes:
@@ -197,7 +197,7 @@ class OurStack:
 
     @asynccontextmanager
     async def host(self, number: int, transport: MemoryTransport | None, handler: Handler) -> AsyncIterator[Host]:
-        async def serve(connection: Connection, stream: YamuxStream) -> None:
+        async def serve(connection: Connection, stream: MuxStream) -> None:
             with _reraised_cause():
                 await handler(_OurStream(stream))
 
@@ -345,7 +345,9 @@ class _StockListener(IListener):  # type: ignore[misc]  # libp2p has no types
         self._scope = trio.CancelScope()
 
     async def listen(self, address: Multiaddr) -> None:
-        async def accept(raw: RawConnection) -> None:
+        async def accept(raw: Arrived) -> None:
+            if not isinstance(raw, RawConnection):
+                raise TypeError("the memory transport gives byte streams")
             await self._handler(TrioTCPStream(raw.stream))
 
         async def serve(task_status: trio.TaskStatus[Any]) -> None:

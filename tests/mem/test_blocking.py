@@ -19,7 +19,7 @@ import trio
 
 import client
 from client.blocking import Swarm
-from client.errors import ClientError
+from client.errors import ClientError, InvalidInput, UnknownModel
 from compute.checkpoint import Checkpoint
 from compute.node import Node, NodeSettings
 from net.addresses import parse
@@ -216,6 +216,47 @@ def test_errors_of_connecting(address: str) -> None:
         assert "\n" not in str(caught.value)
     assert raceme_threads() == []
     assert threading.active_count() <= before + 2  # trio keeps idle workers for a while
+
+
+WRONG: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
+    (123, {}, TypeError, "bootstrap is an address or a list of addresses, each a str, not int"),
+    (None, {}, TypeError, "each a str, not NoneType"),
+    (b"/ip4/127.0.0.1/tcp/1", {}, TypeError, "each a str, not bytes"),
+    ({"a": 1}, {}, TypeError, "each a str, not dict"),
+    ([b"/ip4/127.0.0.1/tcp/1"], {}, TypeError, "each a str, but one is bytes"),
+    ("", {"timeout_s": -1}, InvalidInput, "timeout_s is -1: give a number of seconds above 0"),
+    ("", {"timeout_s": 0}, InvalidInput, "above 0"),
+    ("", {"timeout_s": float("nan")}, InvalidInput, "timeout_s is nan"),
+    ("", {"timeout_s": "5"}, TypeError, "timeout_s is a number of seconds, not str"),
+    ("", {"timeout_s": None}, TypeError, "timeout_s is a number of seconds, not NoneType"),
+]
+
+
+@pytest.mark.parametrize(("bootstrap", "options", "kind", "says"), WRONG)
+def test_arguments_of_connect_that_make_no_sense(
+    bootstrap: Any, options: dict[str, Any], kind: type[Exception], says: str
+) -> None:
+    with pytest.raises(kind, match=says) as caught:
+        client.connect(bootstrap, **options)
+    assert type(caught.value) is kind
+    assert raceme_threads() == []
+
+
+def test_spaces_around_an_address_and_names_that_are_none(address: str, odd: Reference) -> None:
+    with client.connect(f" {address}\n") as swarm:
+        for name in (odd.folder, 3, None):
+            with pytest.raises(TypeError, match="a model's name, or its folder's path, is a str, not "):
+                swarm.model(name)  # type: ignore[arg-type]
+
+
+def test_a_folder_that_is_called_like_a_model_is_not_taken_for_it(
+    address: str, odd: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(odd.folder.parent)
+    with client.connect(address) as swarm:
+        with pytest.raises(UnknownModel, match=r"with a / in its path, as \./odd-bloom"):
+            swarm.model("odd-bloom")
+        assert swarm.model("./odd-bloom").served.name == "odd-bloom"
 
 
 def test_a_bootstrap_that_never_answers() -> None:

@@ -17,7 +17,7 @@ from net.addresses import Multiaddr
 from net.host import Host, open_host
 from net.identity import PeerId
 from net.limits import ConnectionCounts, Limits
-from net.mux.driver import YamuxStream
+from net.mux.base import Stream
 from net.ping import ping_once
 from net.swarm import Connection
 from net.transports.base import RawConnection
@@ -218,7 +218,7 @@ async def test_connections_beyond_the_total_are_refused_at_once(autojump_clock: 
         await hosts[2].connect(server.peer_id, server.addresses)
 
 
-async def echo_stream(_: Connection, stream: YamuxStream) -> None:
+async def echo_stream(_: Connection, stream: Stream) -> None:
     await echo(stream)
 
 
@@ -413,7 +413,7 @@ async def test_a_peer_that_stops_is_missed_in_time(autojump_clock: MockClock) ->
 async def test_a_handler_that_fails_costs_its_stream_alone(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def fail(connection: Connection, stream: YamuxStream) -> None:
+    async def fail(connection: Connection, stream: Stream) -> None:
         raise ZeroDivisionError
 
     async with memory_hosts(2) as (one, two):
@@ -445,7 +445,7 @@ async def test_a_bug_while_accepting_costs_its_connection_alone(
 async def test_streams_end_with_their_block(autojump_clock: MockClock) -> None:
     ends: list[object] = []
 
-    async def collect(connection: Connection, stream: YamuxStream) -> None:
+    async def collect(connection: Connection, stream: Stream) -> None:
         try:
             ends.append(await receive_all(stream))
         except errors.StreamReset as error:
@@ -495,7 +495,7 @@ async def test_ping_goes_on_as_long_as_asked(autojump_clock: MockClock) -> None:
             assert [await anext(round_trips) for _ in range(3)] == [0, 0, 0]
 
 
-def serve_instead(host: Host, protocol: str, handler: Callable[[Connection, YamuxStream], Awaitable[None]]) -> None:
+def serve_instead(host: Host, protocol: str, handler: Callable[[Connection, Stream], Awaitable[None]]) -> None:
     host._handlers[protocol] = handler
 
 
@@ -511,7 +511,7 @@ def serve_instead(host: Host, protocol: str, handler: Callable[[Connection, Yamu
 async def test_a_wrong_answer_to_a_ping_is_told(
     answer: bytes | None, error: type[errors.NetError], reason: str, autojump_clock: MockClock
 ) -> None:
-    async def wrong(connection: Connection, stream: YamuxStream) -> None:
+    async def wrong(connection: Connection, stream: Stream) -> None:
         await stream.receive_some()
         if answer is None:
             await trio.sleep_forever()
@@ -568,7 +568,7 @@ WRONG_KEY = Identify(public_key=seeded(77).key_pair.public_key.serialize()).Seri
 async def test_a_peer_that_identifies_itself_wrongly_is_told(
     wire: bytes | None, error: type[errors.NetError], reason: str, autojump_clock: MockClock
 ) -> None:
-    async def wrong(connection: Connection, stream: YamuxStream) -> None:
+    async def wrong(connection: Connection, stream: Stream) -> None:
         if wire is None:
             await trio.sleep_forever()
         else:

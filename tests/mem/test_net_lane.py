@@ -13,7 +13,7 @@ import trio.testing
 from trio.testing import MockClock
 
 from net import errors
-from net.mux.driver import YamuxStream
+from net.mux.base import Stream
 from net.rpc import lane
 from net.rpc.framing import Message, Tensor, encode
 from net.rpc.lane import Lane, Method
@@ -68,7 +68,7 @@ class Server:
     def __init__(self) -> None:
         self.ended: list[errors.NetError | None] = []
 
-    async def __call__(self, stream: YamuxStream) -> None:
+    async def __call__(self, stream: Stream) -> None:
         try:
             await lane.serve(stream, CLIENT, METHODS, idle_s=60)
         except errors.NetError as error:
@@ -81,8 +81,8 @@ class Server:
 
 @asynccontextmanager
 async def calling(
-    server: Callable[[YamuxStream], Awaitable[None]] | None = None,
-) -> AsyncIterator[tuple[Lane, YamuxStream]]:
+    server: Callable[[Stream], Awaitable[None]] | None = None,
+) -> AsyncIterator[tuple[Lane, Stream]]:
     async with mux_pair(server or Server()) as (client, _):
         stream = client.open_stream()
         async with Lane(stream, SERVER) as calls:
@@ -183,7 +183,7 @@ async def test_cancelled_before_its_turn_a_call_costs_nothing(autojump_clock: Mo
         assert calls._broken is not None and "broken off" in str(calls._broken)  # the first call's mark, not ours
 
 
-async def answering(stream: YamuxStream, wire: bytes) -> None:
+async def answering(stream: Stream, wire: bytes) -> None:
     await stream.receive_some()
     await stream.send_all(wire)
     await stream.aclose()
@@ -204,7 +204,7 @@ async def answering(stream: YamuxStream, wire: bytes) -> None:
 async def test_whatever_else_comes_back_is_the_peers_failure(
     wire: bytes, reason: str, autojump_clock: MockClock
 ) -> None:
-    async def server(stream: YamuxStream) -> None:
+    async def server(stream: Stream) -> None:
         await answering(stream, wire)
 
     async with calling(server) as (calls, _):
@@ -216,7 +216,7 @@ async def test_whatever_else_comes_back_is_the_peers_failure(
 async def test_a_refusals_text_is_made_fit_to_print(autojump_clock: MockClock) -> None:
     fields: dict[str, Any] = {"e": "busy", "why": "\x1b[31mred\n" + "x" * 1000}
 
-    async def server(stream: YamuxStream) -> None:
+    async def server(stream: Stream) -> None:
         await answering(stream, b"".join(encode(Message(header=fields))))
 
     async with calling(server) as (calls, _):
@@ -227,7 +227,7 @@ async def test_a_refusals_text_is_made_fit_to_print(autojump_clock: MockClock) -
 
 
 async def test_a_reset_mid_call_is_the_peers_failure(autojump_clock: MockClock) -> None:
-    async def server(stream: YamuxStream) -> None:
+    async def server(stream: Stream) -> None:
         await stream.receive_some()
         stream.reset()
 

@@ -90,6 +90,24 @@ async def test_broken_messages_are_the_peers_fault(wire: bytes, greeted: bool) -
             await (multistream.answer(far, {"/a"}) if listening else multistream.propose(far, ["/a"]))
 
 
+STRANGERS = {
+    "a web server": b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n" + b"x" * 100,
+    "a shell": b"SSH-2.0-OpenSSH_9.2\r\n",
+    "a mail server": b"220 mail.example.org ESMTP\r\n",
+    "TLS": b"\x15\x03\x01\x00\x02\x02\x46",
+    "another version": message(b"/multistream/2.0.0"),
+}
+
+
+@pytest.mark.parametrize("wire", STRANGERS.values(), ids=list(STRANGERS))
+async def test_who_does_not_speak_libp2p_is_told_at_once(wire: bytes) -> None:
+    """Also a server that says less than its first byte, read as a length, promises, and then waits."""
+    near, far = trio.testing.memory_stream_pair()
+    await near.send_all(wire)
+    with pytest.raises(errors.RemoteProtocolError, match="something other than a libp2p node is there: "):
+        await multistream.propose(far, ["/a"])
+
+
 @settings(deadline=None)
 @given(st.binary(max_size=300), st.booleans(), st.booleans())
 def test_any_bytes_end_in_one_of_our_errors(wire: bytes, greeted: bool, listening: bool) -> None:

@@ -17,6 +17,7 @@ from transformers import (
     TextStreamer,
 )
 
+from client.errors import InvalidInput
 from tests.checkpoints import make_checkpoint
 from tests.mem.conftest import Reference, reference
 from tests.mem.swarms import Span, blocking, generate, swarm_of, until
@@ -115,6 +116,61 @@ async def test_logits_are_those_of_transformers(odd: Reference) -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
         last = (await blocking(lambda: model(ROWS, logits_to_keep=1))).logits
         torch.testing.assert_close(last, theirs[:, -1:], atol=1e-4, rtol=1e-4)
+        chosen = (await blocking(lambda: model(ROWS, logits_to_keep=torch.tensor([0, 2])))).logits
+        torch.testing.assert_close(chosen, theirs[:, [0, 2]], atol=1e-4, rtol=1e-4)
+
+
+async def test_the_loss_is_that_of_transformers(odd: Reference) -> None:
+    some = ROWS.clone()
+    some[0, :2] = -100
+    cases: dict[str, dict[str, Any]] = {
+        "all": {"labels": ROWS},
+        "some": {"labels": some},
+        "narrow integers": {"labels": ROWS.int()},
+        "none that counts": {"labels": torch.full_like(ROWS, -100)},
+        "divided by": {"labels": some, "num_items_in_batch": 5},
+        "as a tuple": {"labels": some, "return_dict": False},
+    }
+    async with swarm_of(odd.folder, CHAINS["two-nodes"]) as swarm:
+        model: Any = await swarm.model(odd.folder)
+        for name, options in cases.items():
+            with torch.inference_mode():
+                theirs = odd.model(ROWS, **(options | {"labels": options["labels"].long()}))
+            ours = await blocking(partial(model, ROWS, **options))
+            if options.get("return_dict") is False:
+                assert isinstance(ours, tuple)
+            assert torch.allclose(ours[0], theirs[0], atol=1e-4, rtol=1e-4, equal_nan=True), name
+        assert (await blocking(lambda: model(ROWS))).loss is None
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "labels of another shape": ({"labels": ROWS[:, :3]}, r"integer tensor of input_ids' shape, \[3, 4\]"),
+    "labels that are no ids": ({"labels": ROWS.float()}, "integer tensor"),
+    "labels that are no tensor": ({"labels": ROWS.tolist()}, "integer tensor"),
+    "labels outside": ({"labels": ROWS + 300}, "labels must lie in 0 to 319, or be -100"),
+    "labels below": ({"labels": ROWS - 10}, "labels must lie in 0 to 319, or be -100"),
+    "labels of some positions": ({"labels": ROWS, "logits_to_keep": 2}, "leave logits_to_keep out"),
+    "hidden states": ({"output_hidden_states": True}, "output_hidden_states cannot be given: it stays on the nodes"),
+    "attentions": ({"output_attentions": True}, "output_attentions cannot be given: it stays on the nodes"),
+    "embeddings": ({"inputs_embeds": torch.zeros(3, 4, 48)}, "inputs_embeds are not taken: pass input_ids"),
+}
+
+
+async def test_what_cannot_be_given_is_refused_and_never_left_out(odd: Reference) -> None:
+    async with swarm_of(odd.folder, CHAINS["one-node"]) as swarm:
+        model: Any = await swarm.model(odd.folder)
+        for options, says in REFUSED.values():
+            with pytest.raises(InvalidInput, match=says):
+                await blocking(partial(model, ROWS, **options))
+        for option in ("output_hidden_states", "output_attentions"):
+            with pytest.raises(InvalidInput, match="cannot be given"):
+                await blocking(partial(generate, model, ROWS, max_new_tokens=2, **{option: True}))
+        with pytest.raises(InvalidInput, match=r"session is what model\.session\(\) gives, not int"):
+            await blocking(lambda: generate(model, ROWS, session=3))
+        with pytest.raises(InvalidInput, match="max_length is 0: give a number of tokens above 0"):
+            await blocking(lambda: model.session(max_length=0))
+        with pytest.raises(TypeError, match="max_length is a number of tokens, not str"):
+            await blocking(lambda: model.session(max_length="12"))
 
 
 async def test_generation_ends_at_the_end_of_text_token(odd: Reference) -> None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,15 +70,15 @@ class Command:
 
 
 @contextmanager
-def started(home: Path, *arguments: str) -> Iterator[Command]:
-    """``raceme ARGUMENTS``; killed at the end of the block if it is still there."""
+def started(home: Path, *arguments: str, env: Mapping[str, str] | None = None) -> Iterator[Command]:
+    """``raceme ARGUMENTS``, with ``env`` added to the environment; killed at the end of the block if still there."""
     popen = subprocess.Popen(
         [sys.executable, "-m", "client", *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "RACEME_HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "RACEME_HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})},
     )
     command = Command(popen)
     try:
@@ -88,7 +88,9 @@ def started(home: Path, *arguments: str) -> Iterator[Command]:
             command.kill()
 
 
-def run(home: Path, *arguments: str, stdin: str = "", timeout_s: float = 60.0) -> Outcome:
+def run(
+    home: Path, *arguments: str, stdin: str = "", timeout_s: float = 60.0, env: Mapping[str, str] | None = None
+) -> Outcome:
     """``raceme ARGUMENTS`` to its end."""
-    with started(home, *arguments) as command:
+    with started(home, *arguments, env=env) as command:
         return command.end(timeout_s=timeout_s, stdin=stdin)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import select
 import shutil
 import signal
 import socket
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,8 +22,10 @@ import pytest
 import torch
 
 import client.cli
+import client.commands
 from compute.models import find_checkpoint
 from net.identity import Identity
+from net.protocol import announcement, session
 from tests.checkpoints import make_checkpoint
 from tests.sockets.commands import LOOPBACK, Command, run, started
 
@@ -112,6 +118,15 @@ def test_relay_prints_its_address_first_and_alone(tmp_path: Path) -> None:
         assert (outcome.status, outcome.output, outcome.errors) == (0, "", "")
 
 
+@pytest.mark.parametrize("command", ["relay", "serve"])
+def test_ending_with_the_program_that_started_it(command: str, relay: str, tmp_path: Path) -> None:
+    arguments = ("relay", "--listen", LOOPBACK) if command == "relay" else serve(relay, "bloom-tiny")
+    with started(tmp_path, *arguments, "--until-eof") as running:
+        running.line()
+        outcome = running.end()  # closes its standard input
+    assert (outcome.status, outcome.output, outcome.errors) == (0, "", "")
+
+
 # Serving
 
 
@@ -140,6 +155,27 @@ def test_status_for_people(relay: str, nodes: list[dict[str, Any]], lonely: Comm
     assert "Missing: blocks 0:1, 3:5." in outcome.output
 
 
+def test_status_on_a_terminal_of_80_columns(
+    relay: str, nodes: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr("net.console.is_terminal", lambda stream: True)
+    with pytest.raises(SystemExit):
+        client.cli.main(("status", "--bootstrap", f" {relay} "))
+    output = capsys.readouterr().out
+    # Another test's node may have gone a moment ago: a sentence that names a peer is not the table's.
+    table = [line for line in output.splitlines() if not re.match(r"\w{46,}: ", line)]
+    assert max(map(len, table)) <= 80
+    for node in nodes:
+        start, end = node["start"], node["end"]
+        bar = "." * start + "#" * (end - start) + "." * (8 - end)
+        row = re.search(rf"^ *{start}:{end} +{re.escape(bar)} +(\w+) +\d+ tokens/s +[\d.]+ ms *$", output, re.MULTILINE)
+        assert row is not None, output
+        assert node["peer_id"].startswith(row[1])
+        assert node["peer_id"].removeprefix(row[1]) in output  # folded, not cut
+
+
 def test_a_node_that_is_told_to_go_withdraws(relay: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def status() -> str:
         capsys.readouterr()
@@ -151,7 +187,9 @@ def test_a_node_that_is_told_to_go_withdraws(relay: str, tmp_path: Path, capsys:
     arguments = ("serve", "bloom-tiny", "--blocks", "2:5", "--bootstrap", relay, "--listen", LOOPBACK)
     with started(tmp_path / "home", *arguments) as command:
         line = command.line()
-        match = re.fullmatch(r"serving blocks 2:5 of 8 of bloom-tiny as (\w+) at (\S+) \(\d+ tokens/s.*", line)
+        match = re.fullmatch(
+            r"serving blocks 2:5 of 8 of bloom-tiny as (\w+) at (\S+) \(these blocks alone: \d+ tokens/s\); .*", line
+        )
         assert match is not None, line
         assert match[2].endswith(f"/p2p/{match[1]}")
         assert match[1] in status()
@@ -170,7 +208,7 @@ def test_generate_streams_what_transformers_gives(
 
     expected = tiny_tokens(PROMPT, 24)
     common = ("generate", "--bootstrap", relay, "--model", "bloom-tiny", "--max-new-tokens", "24")
-    as_json = run(tmp_path, *common, "--json", "-", stdin=PROMPT)
+    as_json = run(tmp_path, *common, "--json", "-", stdin=PROMPT + "\n")
     assert (as_json.status, as_json.errors) == (0, "")
     answer = as_json.json
     assert answer["ids"] == expected
@@ -199,17 +237,99 @@ def test_demo_for_programs(tmp_path: Path) -> None:
     assert processes_with(str(tmp_path)) == []
 
 
+def test_a_terminal_that_knows_ascii_alone(relay: str, nodes: list[dict[str, Any]], tmp_path: Path) -> None:
+    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    command = ("generate", "--bootstrap", relay, "--model", "bloom-tiny", "--max-new-tokens", "2", "Th\u00e9 \u201cend")
+    outcome = run(tmp_path, *command, env=env)
+    assert (outcome.status, outcome.errors) == (0, "")
+    assert outcome.output.startswith("Th? ?end")
+
+
 def test_demo_interrupted_leaves_nothing_behind(tmp_path: Path) -> None:
-    with started(tmp_path, "demo") as command:
+    with started(tmp_path, "demo", env={"TMPDIR": str(tmp_path)}) as command:
         assert command.line().startswith("Starting a relay and 3 compute nodes")
         assert command.line().startswith("  relay")
         assert command.line().startswith("  node")
         children = children_of(command.pid)
         assert len(children) == 4
         outcome = command.end(signal.SIGINT, timeout_s=15)
-    assert outcome.status != 0
-    assert "Traceback" not in outcome.errors
+    assert (outcome.status, outcome.errors) == (130, "Stopping ...\n")
     assert [child for child in children if Path(f"/proc/{child}").exists()] == []
+    assert list(tmp_path.glob("raceme-demo-*")) == []
+
+
+def test_demo_killed_leaves_no_process_behind_and_no_folder_for_long(tmp_path: Path) -> None:
+    env = {"TMPDIR": str(tmp_path)}
+    with started(tmp_path, "demo", env=env) as command:
+        for expected in ("Starting", "  relay", "  node"):
+            assert command.line().startswith(expected)
+        ends = [os.pidfd_open(child) for child in children_of(command.pid)]
+        assert len(ends) == 4
+        command.kill()
+        for end in ends:
+            assert select.select([end], [], [], 15)[0], "a child lives on"
+            os.close(end)
+    [left] = tmp_path.glob("raceme-demo-*")
+    with started(tmp_path, "demo", env=env) as command:
+        command.line()
+        [ours] = tmp_path.glob("raceme-demo-*")
+        assert ours != left
+        with started(tmp_path, "demo", env=env) as another:  # which leaves that of the one that runs
+            another.line()
+            assert ours in tmp_path.glob("raceme-demo-*")
+            assert another.end(signal.SIGTERM).status == 128 + signal.SIGTERM
+        assert command.end(signal.SIGINT).status == 130
+    assert list(tmp_path.glob("raceme-demo-*")) == []
+
+
+def test_what_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "client", "--version"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=30
+        )
+    assert (done.returncode, done.stderr) == (1, "raceme: error: No space left on device\n")
+
+
+def test_ctrl_c_while_modules_are_imported(tmp_path: Path) -> None:
+    """torch makes nothing of an exception that comes while it imports numpy, and goes on without."""
+    (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    arguments = ("serve", "bloom-tiny", "--bootstrap", f"{LOOPBACK}/p2p/{Identity.generate().peer_id}")
+    outcome = run(tmp_path, *arguments, env={"PYTHONPATH": str(tmp_path)})
+    assert (outcome.status, outcome.output, outcome.errors) == (-signal.SIGINT, "", "")
+
+
+def test_ctrl_c_while_a_model_is_loaded(relay: str, tmp_path: Path) -> None:
+    """The thread that loads is left to itself, and must not break the end of the process."""
+    script = """
+import os, signal
+import torch
+import client.cli
+from compute.checkpoint import Checkpoint
+def load(*_, **__):
+    os.kill(os.getpid(), signal.SIGINT)
+    while True:
+        torch.zeros(1000).sum().item()
+Checkpoint.load_span = load
+client.cli.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *serve(relay, "bloom-tiny")],
+        env={**os.environ, "RACEME_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_ctrl_c_before_anything_has_begun(tmp_path: Path) -> None:
+    script = """
+import os, signal, client.cli
+client.cli.build_parser = lambda: os.kill(os.getpid(), signal.SIGINT)
+client.cli.main(("demo",))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 def children_of(pid: int) -> list[int]:
@@ -346,11 +466,27 @@ def test_prompts_that_cannot_be_continued(
     assert "the prompt is empty" in failing(*generate(relay, "bloom-tiny", ""))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
     assert "the prompt is empty" in failing(*generate(relay, "bloom-tiny", "-"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"In \xff")))
+    assert "what standard input gives is not UTF-8 text" in failing(*generate(relay, "bloom-tiny", "-"))
+    monkeypatch.setattr("sys.stdin", None)
+    assert "standard input is closed" in failing(*generate(relay, "bloom-tiny", "-"))
+    assert "--seed does nothing without sampling" in failing(*generate(relay, "bloom-tiny"), "--seed", "1")
     short = make_checkpoint(folder / "short-bloom", layers=1)
     node = stack.enter_context(started(folder / "short", *serve(relay, str(short), "--max-length", "20", "--json")))
     assert node.json()["end"] == 1
     line = failing(*generate(relay, str(short), PROMPT * 10))
-    assert re.fullmatch(r"prompt and new tokens make \d+ tokens; the nodes on the chain allow 21: shorten .*", line)
+    assert re.fullmatch(
+        r"prompt and new tokens make \d+ tokens; the nodes on the chain allow 21 \(20 in the session, .*\): shorten .*",
+        line,
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "prompt"), [("In", "In"), ("In\n", "In"), ("In\r\n", "In"), ("In\n\n", "In\n"), ("\nIn ", "\nIn ")]
+)
+def test_a_prompt_on_standard_input_loses_one_newline(given: str, prompt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
+    assert client.commands._read_prompt() == prompt
 
 
 def test_identities_that_cannot_be_used(failing: Raceme, relay: str, tmp_path: Path) -> None:
@@ -362,6 +498,9 @@ def test_identities_that_cannot_be_used(failing: Raceme, relay: str, tmp_path: P
     key.chmod(0o644)
     assert f"can be read by others; run: chmod 600 {key}" in failing(*command)
     assert "is in use by another process" not in failing(*command)
+    key.chmod(0o600)
+    key.write_bytes(b"")
+    assert f"identity {key} is empty; put the key back, or delete the file" in failing(*command)
 
 
 def test_listening_where_one_cannot(failing: Raceme, relay: str) -> None:
@@ -370,6 +509,7 @@ def test_listening_where_one_cannot(failing: Raceme, relay: str) -> None:
         assert "in use" in failing(*command, "--listen", f"/ip4/127.0.0.1/tcp/{port}")
         assert "nonsense" in failing(*command, "--listen", "nonsense")
         assert "/udp/" in failing(*command, "--listen", "/ip4/127.0.0.1/udp/4001")
+        assert "leave /p2p/... out, as in --listen /ip4/127.0.0.1/tcp/" in failing(*command, "--listen", relay)
         assert "192.0.2.1" in failing(*command, "--listen", "/ip4/192.0.2.1/tcp/0")
 
 
@@ -383,6 +523,9 @@ def test_listening_where_one_cannot(failing: Raceme, relay: str) -> None:
         ("serve", "bloom-tiny", "--bootstrap", "x", "--blocks", "4:4"),
         ("serve", "bloom-tiny", "--bootstrap", "x", "--max-blocks", "0"),
         ("serve", "bloom-tiny", "--bootstrap", "x", "--threads", "-1"),
+        ("serve", "bloom-tiny", "--bootstrap", "x", "--blocks", "0:4", "--max-blocks", "4"),
+        ("generate", "--bootstrap", "x", "--model", "m", "In \udcff"),
+        ("demo", "--prompt", "In \udcff"),
     ],
 )
 def test_wrong_usage(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
@@ -401,24 +544,52 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"usage: raceme {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("option", "values"),
-    {
-        "--max-new-tokens": ["0", "-1", "many", "1.5"],
-        "--temperature": ["0", "-1", "nan", "inf", "hot"],
-        "--top-p": ["0", "1.5", "-0.1", "nan"],
-        "--top-k": ["0", "-3", "\u00b2"],
-        "--repetition-penalty": ["0", "-2"],
-        "--seed": ["-1", "9223372036854775808", "x"],
-    }.items(),
-)
-def test_numbers_that_make_no_sense(option: str, values: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    for value in values:
+FEW = ["0", "-1", "many", "1.5", "\u00b2", "9" * 5000]  # and what is not a number of anything
+NUMBERS: dict[tuple[str, str], list[str]] = {
+    ("generate", "--max-new-tokens"): [*FEW, "1048577"],
+    ("generate", "--temperature"): ["0", "-1", "nan", "inf", "hot", "1e-300", "1e300"],
+    ("generate", "--top-p"): ["0", "1.5", "-0.1", "nan"],
+    ("generate", "--top-k"): [*FEW, "1048577"],
+    ("generate", "--repetition-penalty"): ["0", "-2", "1e-300", "1e300"],
+    ("generate", "--seed"): ["-1", "9223372036854775808", "x"],
+    ("serve", "--cache-tokens"): [*FEW, "1073741825"],
+    ("serve", "--max-length"): [*FEW, str(session.MAX_LENGTH + 1)],
+    ("serve", "--max-blocks"): [*FEW, str(announcement.MAX_BLOCKS + 1)],
+    ("serve", "--threads"): [*FEW, "257"],
+    ("ping", "--count"): FEW,
+}
+
+
+@pytest.mark.parametrize(("command", "option"), NUMBERS)
+def test_numbers_that_make_no_sense(command: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = {
+        "generate": generate("anywhere", "bloom-tiny"),
+        "serve": serve("anywhere", "bloom-tiny"),
+        "ping": ("ping", "anywhere"),
+    }
+    for value in NUMBERS[command, option]:
         with pytest.raises(SystemExit) as caught:
-            client.cli.main((*generate("anywhere", "bloom-tiny"), f"{option}={value}"))
+            client.cli.main((*whole[command], f"{option}={value}"))
         assert caught.value.code == 2
         last = capsys.readouterr().err.splitlines()[-1]
-        assert last.startswith(f"raceme generate: error: argument {option}: '{value}' is not a ")
+        assert last.startswith(f"raceme {command}: error: argument {option}: {value!r:.60} is not a ")
+        assert len(last) < 200
+
+
+def test_the_largest_numbers_are_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = ("--max-length", str(session.MAX_LENGTH), "--max-blocks", str(announcement.MAX_BLOCKS))
+    with pytest.raises(SystemExit) as caught:
+        client.cli.main((*serve("anywhere", "bloom-tiny"), *numbers, "--threads", "0256"))
+    assert caught.value.code == 1
+    assert "'anywhere' is not a multiaddr" in capsys.readouterr().err
+
+
+def test_a_folder_whose_name_nobody_would_believe(
+    failing: Raceme, relay: str, some_bloom: Path, tmp_path: Path
+) -> None:
+    for name in ("my model", "Bl\u00fcte", "\udcff", "_x"):
+        folder = Path(shutil.copytree(some_bloom, tmp_path / name))
+        assert "cannot be a model's name in a swarm: rename the folder" in failing(*serve(relay, str(folder)))
 
 
 def test_sampling_can_be_repeated(relay: str, nodes: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from net.addresses import Multiaddr
 from net.host import open_host
 from net.identity import Identity
 from net.limits import Limits
-from net.mux.driver import YamuxStream
+from net.mux.base import Stream
 from net.ping import ping_once
 from net.security.base import Security
 from net.security.noise import NoiseSecurity
@@ -26,7 +26,7 @@ ANY = addresses.parse("/ip4/127.0.0.1/tcp/0")
 
 @pytest.mark.parametrize("make", [NoiseSecurity, TlsSecurity])
 async def test_megabytes_go_and_come_back_beside_pings(make: Callable[[Identity], Security]) -> None:
-    async def answer(connection: Connection, stream: YamuxStream) -> None:
+    async def answer(connection: Connection, stream: Stream) -> None:
         await echo(stream)
 
     one, two = seeded(1), seeded(2)

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import shutil
+import socket
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +22,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compute import models
+from compute import models, sources
 from compute.checkpoint import Checkpoint, HubCheckpoint
 from compute.errors import CheckpointError, ModelNotFound
 from compute.models import find_checkpoint
@@ -308,6 +315,25 @@ def test_a_bin_file_of_something_else(tmp_path: Path, content: object) -> None:
     fails(folder, "pytorch_model-00002-of-00004.bin", "get the file again")
 
 
+def test_bin_files_that_cannot_be_read_are_told_in_whole_sentences(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, format="bin", tokenizer=False)
+    file = folder / "pytorch_model-00002-of-00004.bin"
+    whole = file.read_bytes()
+    other_archive = io.BytesIO()
+    with zipfile.ZipFile(other_archive, "w") as archive:
+        archive.writestr("letter.txt", "Dear Sir or Madam")
+    for content in (b"", b"no archive", whole[:-100], other_archive.getvalue()):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError) as caught:
+            Checkpoint.open(folder).load_span(0, 2)
+        assert str(caught.value).endswith("; get the file again, or use the safetensors form of the checkpoint")
+        assert "mmap" not in str(caught.value)  # torch's first guess, which is beside the point
+    torch.save({"x": Path("x")}, file)
+    fails(
+        folder, file.name, "something other than tensors, which is not loaded because it could run code; use the safe"
+    )
+
+
 def test_a_tensor_that_the_index_lacks(folder: Path) -> None:
     path = folder / INDEX
     weight_map = json.loads(path.read_text())["weight_map"]
@@ -363,8 +389,8 @@ class FakeHub:
         self.folder = folder
         self.asked: list[str] = []
 
-    def __call__(self, repo_id: str, filename: str, *, revision: str | None = None) -> str:
-        assert (repo_id, revision) == ("org/tiny", "v1")
+    def __call__(self, repo_id: str, filename: str, *, revision: str | None, local_files_only: bool) -> str:
+        assert (repo_id, revision, local_files_only) == ("org/tiny", "v1", False)
         self.asked.append(filename)
         path = self.folder / filename
         if not path.is_file():
@@ -375,9 +401,15 @@ class FakeHub:
         return [name for name in self.asked if "-of-" in name]
 
 
+def use_hub(patch: pytest.MonkeyPatch, download: Callable[..., str]) -> None:
+    """A hub that answers, and whose files ``download`` gives."""
+    patch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, timeout: None)
+    patch.setattr(huggingface_hub, "hf_hub_download", download)
+
+
 def test_only_the_shards_of_the_span_are_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = FakeHub(folder)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub)
+    use_hub(monkeypatch, hub)
     checkpoint = HubCheckpoint("org/tiny", "v1")
     assert (checkpoint.name, checkpoint.label, hub.asked) == ("tiny", "org/tiny", [])
     assert checkpoint.digest == Checkpoint.open(folder).digest
@@ -392,7 +424,7 @@ def test_only_the_shards_of_the_span_are_downloaded(folder: Path, monkeypatch: p
 
 def test_a_hub_model_without_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_checkpoint(tmp_path, format="bin", tokenizer=False)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", FakeHub(folder))
+    use_hub(monkeypatch, FakeHub(folder))
     assert len(HubCheckpoint("org/tiny", "v1").load_span(0, 5)) == 5
 
 
@@ -400,11 +432,11 @@ def test_the_first_file_fixes_the_commit(folder: Path, tmp_path: Path, monkeypat
     snapshot = folder.rename(tmp_path / ("ab" * 20))
     revisions: list[str | None] = []
 
-    def download(repo_id: str, filename: str, *, revision: str | None = None) -> str:
+    def download(repo_id: str, filename: str, *, revision: str | None, **_: object) -> str:
         revisions.append(revision)
         return str(snapshot / filename)
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    use_hub(monkeypatch, download)
     HubCheckpoint("org/tiny").load_span(0, 1)
     assert revisions[0] is None
     assert set(revisions[1:]) == {"ab" * 20}
@@ -421,10 +453,55 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, error: Exce
     def download(*args: object, **kwargs: object) -> str:
         raise error
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    use_hub(monkeypatch, download)
     with pytest.raises(CheckpointError, match=says) as caught:
         _ = HubCheckpoint("org/tiny").config
     assert "\n" not in str(caught.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_not_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, hub_address: str
+) -> None:
+    """The hub's own client would try again and again, for half a minute."""
+    asked: list[bool] = []
+
+    def download(repo_id: str, filename: str, *, local_files_only: bool, **_: object) -> str:
+        asked.append(local_files_only)
+        if filename != "config.json":
+            raise LocalEntryNotFoundError("not in the cache")
+        return str(folder / filename)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(sources, "HUB_ANSWER_S", 0.2)
+    began = time.monotonic()
+    checkpoint = HubCheckpoint("org/tiny")
+    assert checkpoint.n_blocks == 5  # what is in the cache can be used
+    with pytest.raises(CheckpointError, match="is not in the local cache and the hub cannot be reached"):
+        _ = checkpoint.digest
+    assert time.monotonic() - began < 2
+    assert set(asked) == {True}
+
+
+@pytest.fixture(params=["refuses", "is silent", "is overloaded"])
+def hub_address(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Makes the hub a server on this machine that is of no use."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if request.param != "refuses":
+            server.listen()
+        if request.param == "is overloaded":
+            threading.Thread(target=_overloaded, args=(server,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        yield address
+
+
+def _overloaded(server: socket.socket) -> None:
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(65536)
+        connection.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
 
 
 def test_finding_by_path_name_and_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,6 +512,20 @@ def test_finding_by_path_name_and_hub(folder: Path, tmp_path: Path, monkeypatch:
     hub = find_checkpoint("bigscience/bloom-560m")
     assert isinstance(hub, HubCheckpoint)
     assert hub.name == "bloom-560m"
+
+
+def test_what_is_no_path_is_no_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder here that is called like a model that ships is not taken for it."""
+    monkeypatch.setattr(models, "_SHIPPED_FOLDER", tmp_path)
+    here = tmp_path / "here"
+    for name in ("tiny", "other"):
+        shutil.copytree(folder, here / name)
+    monkeypatch.chdir(here)
+    assert find_checkpoint("tiny").label == str(folder)
+    assert find_checkpoint("./tiny").label == "tiny"
+    assert find_checkpoint("../here/other").label == "../here/other"
+    with pytest.raises(ModelNotFound, match=r"for the folder of that name here, write \./other"):
+        find_checkpoint("other")
 
 
 @pytest.mark.parametrize("name", ["", "bloom", "./no/such", "/no/such", "a/b/c", "../x", "org/..", "a b/c"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from libp2p.peer.envelope import Envelope, make_unsigned
+from libp2p.peer.envelope import Envelope, make_unsigned, unmarshal_envelope
 
 from net import records
 from net.dht.store import MAX_RECORD_BYTES, MAX_RECORDS_PER_KEY, REMEMBER_SEQUENCE_S, RecordStore
@@ -171,6 +172,35 @@ def test_a_record_is_believed_only_under_the_key_it_was_signed_for() -> None:
         verify(record.envelope, key=b"l" * 32)
 
 
+def test_the_same_bytes_are_checked_once_but_for_key_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    envelope = seal(ALICE, fields(seq=77))
+    opened = []
+
+    def count(data: bytes) -> Envelope:
+        opened.append(data)
+        return unmarshal_envelope(data)
+
+    monkeypatch.setattr(records, "unmarshal_envelope", count)
+    first = verify(envelope, now_s=1_000_000)
+    assert verify(bytes(bytearray(envelope)), key=b"k" * 32, now_s=1_000_000) == first
+    assert len(opened) == 1
+    with pytest.raises(RecordError, match="signed for another key"):
+        verify(envelope, key=b"l" * 32, now_s=1_000_000)
+    with pytest.raises(RecordError, match="expired"):
+        verify(envelope, now_s=1_000_121 + CLOCK_SKEW_S)
+    for _ in range(2):  # nothing is remembered of what was refused
+        with pytest.raises(RecordError):
+            verify(envelope[:-1] + bytes([envelope[-1] ^ 1]), now_s=1_000_000)
+    assert len(opened) == 3
+
+
+def test_large_envelopes_are_not_kept_in_memory() -> None:
+    held = records._read_once.cache_info().currsize
+    verify(seal(ALICE, fields(body={"x": bytes(records.MAX_REMEMBERED_BYTES)})), now_s=1_000_000)
+    assert records._read_once.cache_info().currsize == held
+    assert records._read_once.cache_info().maxsize == records.REMEMBERED
+
+
 # The store
 
 
@@ -229,6 +259,24 @@ def test_records_expire_by_the_stores_own_clock_and_do_not_come_back() -> None:
     store.expire(1100.0)
     with pytest.raises(RecordError):
         store.put(KEY, make(ttl_s=100), 1101.0)
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 300), st.floats(0, 50)), max_size=12), st.data())
+def test_expiring_forgets_what_is_due_and_nothing_else(puts: list[tuple[int, int, float]], data: st.DataObject) -> None:
+    store, now = RecordStore(), 0.0
+    due: dict[PeerId, float] = {}
+    for sequence, (number, ttl_s, later_s) in enumerate(puts):
+        now += later_s
+        store.put(KEY, make(number, sequence=sequence, ttl_s=ttl_s), now)
+        due[make(number).peer_id] = now + ttl_s
+    for later_s in data.draw(st.lists(st.floats(0, 200), max_size=5)):
+        now += later_s
+        store.expire(now)
+        alive = {entry.record.peer_id for entry in store._keys.get(KEY, {}).values() if entry.record is not None}
+        assert alive == {peer_id for peer_id, until in due.items() if now < until}
+        assert len(store._keys.get(KEY, {})) == len(due)
+    store.expire(now + REMEMBER_SEQUENCE_S)
+    assert store._keys == {}
 
 
 def test_numbers_are_forgotten_in_the_end() -> None:
@@ -302,6 +350,28 @@ def test_a_file_that_is_no_key_is_refused(tmp_path: Path, content: bytes) -> Non
     with pytest.raises(IdentityError, match="not a libp2p Ed25519 private key"):
         Identity.load(path)
     assert path.read_bytes() == content
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    """It may be what is left of a key: making another one in its place would change who we are without a word."""
+    path = tmp_path / "node.key"
+    path.touch(0o600)
+    with pytest.raises(IdentityError, match="is empty; put the key back, or delete the file"):
+        Identity.load(path)
+    assert path.read_bytes() == b""
+
+
+def test_a_new_key_is_there_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(IdentityError, match="No space left on device"):
+            Identity.load(tmp_path / "node.key")
+    assert list(tmp_path.iterdir()) == []
+    Identity.load(tmp_path / "node.key").close()
+    assert [path.name for path in tmp_path.iterdir()] == ["node.key"]
 
 
 def test_a_folder_is_no_key(tmp_path: Path) -> None:

@@ -1,0 +1,275 @@
+"""``raceme generate``, ``raceme status``, ``raceme demo``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from net import console
+
+if TYPE_CHECKING:
+    from client.swarm import Peer, ServedModel
+
+CONNECT_TIMEOUT_S = 8.0
+MAX_NEW_TOKENS = 2**20  # the longest session that there can be
+MAX_TOP_K = 2**20  # more tokens than any vocabulary has
+MAX_FACTOR = 1e6  # beyond it, and below its inverse, logits leave the range of fp32
+PIPE_COLUMNS = 120
+
+
+def add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="continue a prompt",
+        description="Continue a prompt with a model of the swarm, token by token as they come.",
+    )
+    console.add_bootstrap(generate)
+    generate.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME",
+        help="as served, or the path of its checkpoint's folder (with a / in it: ./bloom-tiny is a folder, bloom-tiny "
+        "the model that ships)",
+    )
+    generate.add_argument(
+        "prompt",
+        type=console.utf8,
+        help="text to continue; - reads it from standard input, less one newline at its end",
+    )
+    _add_max_new_tokens(generate)
+    generate.add_argument(
+        "--temperature", type=_factor, metavar="T", help="sample at this temperature (default: greedy)"
+    )
+    generate.add_argument("--top-p", type=_share, metavar="P", help="sample from the likeliest tokens that make up P")
+    generate.add_argument(
+        "--top-k", type=console.whole(1, MAX_TOP_K), metavar="K", help="sample from the K likeliest tokens"
+    )
+    generate.add_argument(
+        "--seed", type=console.whole(0, 2**63 - 1), metavar="N", help="make sampling repeatable; needs one of the above"
+    )
+    generate.add_argument("--repetition-penalty", type=_factor, metavar="X", help="above 1: repeat less")
+    console.add_json(generate, "text, ids and figures, at the end,")
+    console.add_common(generate)
+    generate.set_defaults(run=run_generate)
+
+
+def _add_max_new_tokens(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-new-tokens", type=console.whole(1, MAX_NEW_TOKENS), default=64, metavar="N", help="default: 64"
+    )
+
+
+def _factor(text: str) -> float:
+    wanted = f"a number from {1 / MAX_FACTOR:g} to {MAX_FACTOR:g}"
+    return _number(text, lambda value: 1 / MAX_FACTOR <= value <= MAX_FACTOR, wanted)
+
+
+def _share(text: str) -> float:
+    return _number(text, lambda value: 0 < value <= 1, "a number above 0, at most 1")
+
+
+def _number(text: str, is_good: Callable[[float], bool], wanted: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not is_good(value):
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not {wanted}")
+    return value
+
+
+def add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    status = commands.add_parser(
+        "status", help="show every block and who serves it", description="Show every block and who serves it."
+    )
+    console.add_bootstrap(status)
+    console.add_json(status, "it")
+    console.add_common(status)
+    status.set_defaults(run=run_status)
+
+
+def add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="a whole swarm on this machine, in under a minute",
+        description="Start a relay and three compute nodes as processes of their own on this machine, generate "
+        "text through them, and compare it with what one machine gives. Ends by itself.",
+    )
+    demo.add_argument("--prompt", type=console.utf8, default="In the beginning", help='default: "In the beginning"')
+    _add_max_new_tokens(demo)
+    console.add_json(demo, "what came of it")
+    console.add_common(demo)
+    demo.set_defaults(run=run_demo)
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    from client.demo import run
+
+    return run(options.prompt, options.max_new_tokens, as_json=options.json)
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    import client
+
+    prompt = _read_prompt() if options.prompt == "-" else options.prompt
+    if not prompt:
+        raise console.UserError("the prompt is empty: give at least one character")
+    how = sampling_options(options)
+    if options.seed is not None and not how["do_sample"]:
+        raise console.UserError(
+            "--seed does nothing without sampling: add --temperature, --top-p or --top-k, or leave it out"
+        )
+    with client.connect(options.bootstrap, timeout_s=CONNECT_TIMEOUT_S) as swarm:
+        # Ask for the model's nodes before the slow import: what is missing should be said at once.
+        swarm.models()
+        model = swarm.model(options.model)
+
+        import torch
+        from transformers import TextStreamer
+
+        if options.seed is not None:
+            torch.manual_seed(options.seed)
+        ids = model.tokenizer(prompt, return_tensors="pt").input_ids
+        streamer = None if options.json else TextStreamer(model.tokenizer, skip_special_tokens=True)
+        with console.interruptible(), model.session() as session:
+            # What cannot be done is said before the prompt is printed. (The last token is never sent.)
+            session.prepare(1, ids.shape[1] + options.max_new_tokens - 1)
+            started = time.monotonic()
+            try:
+                output = model.generate(
+                    ids,
+                    session=session,
+                    streamer=streamer,
+                    attention_mask=torch.ones_like(ids),
+                    **how,
+                )
+            except BaseException:
+                if streamer is not None:
+                    print(flush=True)  # the complaint begins a line of its own
+                raise
+            seconds = time.monotonic() - started
+            route = session.route
+    new_tokens = output.shape[1] - ids.shape[1]
+    if options.json:
+        console.print_json(
+            {
+                "text": model.tokenizer.decode(output[0], skip_special_tokens=True),
+                "ids": output[0].tolist(),
+                "new_tokens": new_tokens,
+                "tokens_per_s": new_tokens / seconds,
+                "route": [{"peer_id": peer, "start": start, "end": end} for peer, start, end in route],
+            }
+        )
+    return 0
+
+
+def _read_prompt() -> str:
+    """Standard input, less the newline that ends its last line: people mean to continue that line."""
+    return re.sub(r"\r?\n\Z", "", console.read_stdin())
+
+
+def sampling_options(options: argparse.Namespace) -> dict[str, Any]:
+    """transformers' arguments of ``generate`` for the command's options."""
+    chosen: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
+    for name in ("temperature", "top_p", "top_k"):
+        if (value := getattr(options, name)) is not None:
+            chosen |= {"do_sample": True, name: value}
+    if options.repetition_penalty is not None:
+        chosen["repetition_penalty"] = options.repetition_penalty
+    return chosen
+
+
+def run_status(options: argparse.Namespace) -> int:
+    import client
+
+    with client.connect(options.bootstrap, timeout_s=CONNECT_TIMEOUT_S) as swarm:
+        models, peers = swarm.models(), swarm.peers()
+    if options.json:
+        console.print_json({"models": [_model_json(model, peers) for model in models]})
+        return 0
+    if not models:
+        print("The swarm serves no model yet. Start a node with: raceme serve MODEL --bootstrap ADDR")
+    for model in models:
+        print_placement(model, peers)
+    return 0
+
+
+def _unreachable(model: ServedModel, peers: Sequence[Peer]) -> list[tuple[int, int]]:
+    """The runs of blocks that no node serves which answers now, whatever is announced."""
+    from client.routing import runs_without
+
+    answering = [peer.announcement for peer in peers if not peer.problem]
+    return runs_without(model.n_blocks, [node for node in answering if node.digest == model.digest])
+
+
+def _model_json(model: ServedModel, peers: Sequence[Peer]) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "digest": model.digest,
+        "blocks": model.n_blocks,
+        "complete": not _unreachable(model, peers),
+        "missing": _unreachable(model, peers),
+        "placement": [[str(peer_id) for peer_id in block] for block in model.placement],
+        "nodes": [
+            {
+                "peer_id": str(peer.announcement.peer_id),
+                "start": peer.announcement.start,
+                "end": peer.announcement.end,
+                "addresses": [str(address) for address in peer.announcement.addresses],
+                "numerics": str(peer.announcement.numerics),
+                "decode_tokens_per_s": peer.announcement.decode_tokens_per_s,
+                "cache_tokens_left": peer.announcement.cache_tokens_left,
+                "max_length": peer.announcement.max_length,
+                "round_trip_ms": None if peer.round_trip_s is None else peer.round_trip_s * 1000,
+                "problem": peer.problem,
+            }
+            for peer in peers
+            if peer.announcement.digest == model.digest
+        ],
+    }
+
+
+def print_placement(model: ServedModel, peers: Sequence[Peer]) -> None:
+    """A table of the model's nodes with a bar for the blocks of each, and what is missing."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from client.routing import spell_runs
+
+    table = Table(
+        title=f"{model.name}, {model.n_blocks} blocks, digest {model.digest[:12]}",
+        title_justify="left",
+        caption="speed: of the node's blocks alone, as it measured when it started",
+        caption_justify="left",
+        box=None,
+    )
+    for heading in ("blocks", "served", "peer", "speed", "round trip"):
+        table.add_column(
+            heading,
+            justify="right" if heading in ("speed", "round trip") else "left",
+            no_wrap=heading != "peer",
+            overflow="fold",  # a narrow terminal folds PeerIds; nothing is lost
+        )
+    for peer in peers:
+        node = peer.announcement
+        if node.digest != model.digest:
+            continue
+        bar = "".join("#" if node.start <= block < node.end else "." for block in range(model.n_blocks))
+        if model.n_blocks > 40:
+            bar = ""
+        round_trip = "no answer" if peer.round_trip_s is None else f"{peer.round_trip_s * 1000:.1f} ms"
+        table.add_row(
+            f"{node.start}:{node.end}", bar, str(node.peer_id), f"{node.decode_tokens_per_s:.0f} tokens/s", round_trip
+        )
+    Console(width=None if console.is_terminal(sys.stdout) else PIPE_COLUMNS).print(table)
+    for peer in peers:
+        if peer.problem and peer.announcement.digest == model.digest:
+            print(f"{peer.announcement.peer_id}: {peer.problem}")
+    if missing := _unreachable(model, peers):
+        print(f"Missing: blocks {spell_runs(missing)}. Nobody can use the model until they are served.")
+    print()

@@ -1,0 +1,67 @@
+"""What a muxer is: many streams over one connection. Yamux makes one of a secure channel; QUIC is one by itself."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import trio
+
+
+class Stream(trio.abc.HalfCloseableStream):
+    """One stream. At most one task sends and one receives at a time.
+
+    Raises (from sending and receiving): ``errors.StreamReset`` when the peer reset it,
+    ``errors.ConnectionLost`` when the connection ended under it, ``trio.ClosedResourceError`` when it was
+    closed or reset here. An end that the peer meant is ``b""``.
+
+    Cancellation: of ``send_all``, an unknown part was sent; of ``receive_some``, nothing is lost.
+    """
+
+    @abstractmethod
+    async def receive_some(self, max_bytes: int | None = None) -> bytes: ...
+
+    @abstractmethod
+    def reset(self) -> None:
+        """End both directions now; the peer learns that it was no proper end."""
+
+
+class Muxer(Protocol):
+    """Streams over one connection, for as long as ``run`` runs."""
+
+    used_at: float  # trio's time when the last stream was opened, by either side
+
+    @property
+    def round_trip_s(self) -> float | None:
+        """Smoothed; None before it was measured."""
+
+    @property
+    def open_streams(self) -> int: ...
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it takes no new streams: closed, or about to be."""
+
+    async def run(
+        self,
+        on_stream: Callable[[Stream], Awaitable[None]],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Carry the streams until either side closes the connection; ``on_stream`` runs for each of the peer's.
+
+        Always closes what is below and fails what is still open. ``on_stream`` must not raise.
+        Cancellation: says goodbye for at most a second.
+        """
+
+    def open_stream(self) -> Stream:
+        """A new stream. The peer may still refuse it, which then reads as a reset.
+
+        Raises:
+            LimitExceeded: too many are open.
+            ConnectionLost: the connection is closed.
+        """
+
+    def close(self) -> None:
+        """Make ``run`` end; of a connection that nobody runs, free what it holds. Again is nothing."""
