@@ -16,6 +16,7 @@ Source: https://github.com/libp2p/specs/blob/master/RFC/0002-signed-envelopes.md
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ VERSION = 1
 MAX_ENVELOPE_BYTES = 64 * 1024
 MAX_TTL_S = 300
 CLOCK_SKEW_S = 3600
+REMEMBERED = 4096  # envelopes whose signature was good; a look-up is handed each record by twenty servers
+MAX_REMEMBERED_BYTES = 4096  # of one of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,17 @@ def verify(data: bytes, *, key: bytes | None = None, now_s: float | None = None)
     """
     if len(data) > MAX_ENVELOPE_BYTES:
         raise RecordError(f"a record of {len(data)} bytes: at most {MAX_ENVELOPE_BYTES} are read")
+    record = _read_once(data) if len(data) <= MAX_REMEMBERED_BYTES else _read(data)
+    if key is not None and record.key != key:
+        raise RecordError(f"a record of {record.peer_id} that was signed for another key")
+    now = time.time() if now_s is None else now_s
+    if not record.issued_s - CLOCK_SKEW_S <= now <= record.issued_s + record.ttl_s + CLOCK_SKEW_S:
+        raise RecordError(f"a record of {record.peer_id} that expired, or is from the future")
+    return record
+
+
+def _read(data: bytes) -> Record:
+    """What an envelope says, if its subject signed it: all that is true of these bytes at any time, anywhere."""
     try:
         envelope = unmarshal_envelope(data)
         envelope.validate(DOMAIN)
@@ -112,9 +126,7 @@ def verify(data: bytes, *, key: bytes | None = None, now_s: float | None = None)
         raise RecordError(f"a record of version {fields.get('v')!r}, not {VERSION}")
     if PeerId.from_pubkey(envelope.public_key) != record.peer_id:
         raise RecordError(f"a record about {record.peer_id} that somebody else signed")
-    if key is not None and record.key != key:
-        raise RecordError(f"a record of {record.peer_id} that was signed for another key")
-    now = time.time() if now_s is None else now_s
-    if not record.issued_s - CLOCK_SKEW_S <= now <= record.issued_s + record.ttl_s + CLOCK_SKEW_S:
-        raise RecordError(f"a record of {record.peer_id} that expired, or is from the future")
     return record
+
+
+_read_once = functools.lru_cache(maxsize=REMEMBERED)(_read)

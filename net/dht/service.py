@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import os
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import trio
@@ -15,13 +17,14 @@ import trio
 from net import errors, records
 from net.addresses import PeerAddress
 from net.dht import keys, wire
+from net.dht.backoff import Backoff
 from net.dht.gathering import Gathering
 from net.dht.lookup import Lookup
 from net.dht.store import MAX_RECORDS_PER_KEY, RecordStore
-from net.dht.table import Contact, K, RoutingTable
+from net.dht.table import Contact, K, RoutingTable, closest
 from net.host import Host
 from net.identity import PeerId
-from net.mux.driver import YamuxStream
+from net.mux.base import Stream
 from net.records import Record
 from net.rpc import lane, packing
 from net.rpc.framing import Message
@@ -34,15 +37,28 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class DhtSettings:
     query_s: float = 5.0  # one call to one peer
-    slow_s: float = 2.0  # a look-up goes on without who has not answered by then, if others have
+    patience_s: float = 0.5  # a look-up asks others in the stead of who has not answered by then,
+    slow_s: float = 2.0  # and goes on without its answer, if others have answered; half of it, if many have
+    backoff_s: float = 60.0  # before a server that others named and that did not answer is asked again
     paths: int = 3  # of a look-up, disjoint: made-up contacts that spoil one leave the others
     pages_s: float = 15.0  # all pages of one peer's records; what came by then counts
     other_bootstrap_s: float = 0.5  # for the other bootstrap nodes once one has answered
-    refresh_s: float = 60.0  # between refreshes of the table
+    refresh_s: float = 60.0  # between refreshes of the table: our neighbours and a random place in turn
     announce_s: float = 30.0  # between renewals of an announcement
+    holders_s: float = 45.0  # renewals go to those that took it last and whom we know; then they are looked up anew
     ttl_s: int = 120  # of an announcement
     idle_s: float = 120.0  # a stream that asks nothing is closed
     max_lanes: int = 128  # streams kept open to servers, beside those in use
+
+
+@dataclass(kw_only=True, eq=False)
+class _Announced:
+    """What we say under a key, and who holds it."""
+
+    kind: str
+    body: Callable[[], Mapping[str, Any]]
+    holders: list[Contact] = field(default_factory=list)
+    look_up_at: float = -math.inf
 
 
 class Dht:
@@ -61,7 +77,8 @@ class Dht:
         self._server = server
         self._bootstrap: list[PeerAddress] = []
         self._lanes: dict[PeerId, Lane] = {}
-        self._announced: dict[bytes, tuple[str, Callable[[], Mapping[str, Any]]]] = {}
+        self._announced: dict[bytes, _Announced] = {}
+        self._backoff = Backoff(self.settings.backoff_s)
         if server:
             host.handle(wire.PROTOCOL_ID, self._serve)
 
@@ -91,6 +108,7 @@ class Dht:
                     failures.append(error)
                 else:
                     self.table.add(contact)
+                    self._backoff.forgive(contact.peer_id)
                     # One is enough to begin with; silent ones must not hold us up.
                     nursery.cancel_scope.deadline = trio.current_time() + self.settings.other_bootstrap_s
 
@@ -110,13 +128,12 @@ class Dht:
             task_status.started()
 
     async def _refresh(self) -> None:
-        while True:
+        for near_us in itertools.cycle((True, False)):
             await trio.sleep(self.settings.refresh_s * random.uniform(0.8, 1.2))
             try:
                 if not len(self.table):
                     await self._meet_bootstrap()
-                for target in self.table.refresh_targets(os.urandom(keys.KEY_BYTES)):
-                    await self.lookup(target)
+                await self.lookup(keys.of_peer(self.host.peer_id) if near_us else os.urandom(keys.KEY_BYTES))
             except errors.NetError as error:
                 logger.warning("cannot reach any known peer: %s", error)
             self.store.expire(trio.current_time())
@@ -139,39 +156,59 @@ class Dht:
 
         Returns: how many servers took it (this node's own store not counted).
         """
-        self._announced[key] = (kind, body)
+        self._announced[key] = _Announced(kind=kind, body=body)
         return await self._publish(key)
 
     async def withdraw(self) -> None:
         """Take everything back that was announced."""
         announced, self._announced = self._announced, {}
         async with trio.open_nursery() as nursery:
-            for key, (kind, _) in announced.items():
-                nursery.start_soon(self._put, key, self._sign(key, kind, {"withdrawn": True}))
+            for key, each in announced.items():
+                nursery.start_soon(self._take_back, key, each)
+
+    async def _take_back(self, key: bytes, announced: _Announced) -> None:
+        record = self._sign(key, announced.kind, {"withdrawn": True})
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._give, announced.holders, key, record)
+            told = {contact.peer_id for contact in announced.holders}
+            nearest = (await self._walk(key, None)).closest  # who should hold it by now
+            nursery.start_soon(self._give, [each for each in nearest if each.peer_id not in told], key, record)
 
     async def _publish(self, key: bytes) -> int:
-        kind, body = self._announced[key]
-        return await self._put(key, self._sign(key, kind, body()))
+        announced = self._announced[key]
+        record = self._sign(key, announced.kind, announced.body())
+        now = trio.current_time()
+        if now < announced.look_up_at and len(announced.holders) == K:
+            nearest = closest(key, [*announced.holders, *self.table.contacts])
+            taken = await self._give(nearest, key, record)
+            if 2 * len(taken) > K:
+                return len(taken)
+        announced.look_up_at = now + self.settings.holders_s
+        nearest = (await self._walk(key, None)).closest
+        if self._announced.get(key) is announced:  # not withdrawn meanwhile
+            announced.holders = await self._give(nearest, key, record)
+        return len(announced.holders)
 
     def _sign(self, key: bytes, kind: str, body: Mapping[str, Any]) -> Record:
-        return records.sign(self.host.identity, kind, body, key=key, ttl_s=self.settings.ttl_s)
-
-    async def _put(self, key: bytes, record: Record) -> int:
+        """A new record of ours, which lies in our own store from now on."""
+        record = records.sign(self.host.identity, kind, body, key=key, ttl_s=self.settings.ttl_s)
         if self._server:
             self.store.put(key, record, trio.current_time())
-        taken = 0
+        return record
+
+    async def _give(self, holders: Iterable[Contact], key: bytes, record: Record) -> list[Contact]:
+        """Those of ``holders`` that took it."""
+        taken: list[Contact] = []
 
         async def give(contact: Contact) -> None:
-            nonlocal taken
             try:
                 await self._call(contact, "store", {"key": key, "record": record.envelope})
-                taken += 1
+                taken.append(contact)
             except errors.NetError as error:
                 logger.debug("%s did not take a record: %s", contact.peer_id, error)
 
-        neighbours = (await self._walk(key, None)).closest
         async with trio.open_nursery() as nursery:
-            for contact in neighbours:
+            for contact in holders:
                 nursery.start_soon(give, contact)
         return taken
 
@@ -196,45 +233,58 @@ class Dht:
         return gathering.believed(nearest, time.time())
 
     async def _walk(self, target: bytes, gathering: Gathering | None) -> Lookup:
-        lookup = Lookup(self.host.peer_id, target, self.table.closest(target), paths=self.settings.paths)
+        settings = self.settings
+        lookup = Lookup(
+            self.host.peer_id,
+            target,
+            self.table.closest(target),
+            paths=settings.paths,
+            patience_s=settings.patience_s,
+            slow_s=settings.slow_s,
+        )
 
         async with trio.open_nursery() as nursery:
 
             async def ask(contact: Contact) -> None:
-                answered = trio.Event()
-                nursery.start_soon(give_up_waiting, contact.peer_id, answered)
                 try:
                     closer, held = await self._find(contact, target, want_records=gathering is not None)
                 except errors.NetError as error:
                     logger.debug("look-up: %s: %s", contact.peer_id, error)
                     lookup.failed(contact.peer_id)
-                    self.table.failed(contact.peer_id)
+                    self._note_silence(contact)
                 else:
                     for record in held:
                         if gathering is not None:
                             gathering.take(contact.peer_id, record)
-                    lookup.answered(contact.peer_id, closer)
+                    now = trio.current_time()
+                    lookup.answered(contact.peer_id, [each for each in closer if not self._backoff.holds(each, now)])
+                    self._backoff.forgive(contact.peer_id)
                     self.table.add(contact)
-                answered.set()
-                ask_more()
+                go_on()
 
-            async def give_up_waiting(peer_id: PeerId, answered: trio.Event) -> None:
-                with trio.move_on_after(self.settings.slow_s) as scope:
-                    await answered.wait()
-                if scope.cancelled_caught:
-                    lookup.slow(peer_id)
-                    ask_more()
+            async def watch_the_time() -> None:
+                while True:
+                    now = trio.current_time()
+                    await trio.sleep_until(min(lookup.deadline, now + settings.patience_s))
+                    go_on()
 
-            def ask_more() -> None:
-                for contact in lookup.next_queries():
+            def go_on() -> None:
+                lookup.pass_time(trio.current_time())
+                for contact in lookup.next_queries(trio.current_time()):
                     nursery.start_soon(ask, contact)
                 if lookup.is_done:
                     nursery.cancel_scope.cancel()
 
-            ask_more()
-        for peer_id in lookup.unanswered:
-            self.table.failed(peer_id)
+            nursery.start_soon(watch_the_time)
+            go_on()
+        for contact in lookup.slow:
+            self._note_silence(contact)
         return lookup
+
+    def _note_silence(self, contact: Contact) -> None:
+        self.table.failed(contact.peer_id)
+        if contact.peer_id not in self.table:
+            self._backoff.note(contact, trio.current_time())
 
     async def _find(self, contact: Contact, target: bytes, *, want_records: bool) -> tuple[list[Contact], list[Record]]:
         answer = await self._call(contact, "find", {"key": target, "records": want_records, "after": b""})
@@ -300,7 +350,7 @@ class Dht:
 
     # Answering others
 
-    async def _serve(self, connection: Connection, stream: YamuxStream) -> None:
+    async def _serve(self, connection: Connection, stream: Stream) -> None:
         async def find(message: Message) -> Message:
             self._note_caller(connection, message)
             key = wire.read_key(message.header)
@@ -338,3 +388,4 @@ class Dht:
         if "from" in message.header:
             claimed = wire.read_addresses(message.header, "from")
             self.table.add(Contact(peer_id=connection.peer_id, addresses=claimed, seen_at=connection.remote))
+            self._backoff.forgive(connection.peer_id)

@@ -7,6 +7,7 @@ only when its place is wanted for a newcomer's record is such a number forgotten
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from net.errors import RecordError
@@ -36,6 +37,7 @@ class RecordStore:
 
     def __init__(self) -> None:
         self._keys: dict[bytes, dict[PeerId, _Entry]] = {}
+        self._next_expiry = math.inf  # nothing is to be forgotten before
 
     def put(self, key: bytes, record: Record, now: float) -> None:
         """Keep a verified record.
@@ -57,12 +59,14 @@ class RecordStore:
                 raise RecordError(f"{len(entries)} records lie under this key, the most kept")
             if sum(map(len, self._keys.values())) >= MAX_RECORDS:
                 raise RecordError(f"{MAX_RECORDS} records are kept here, the most allowed")
+        expires = now + record.ttl_s
         self._keys.setdefault(key, {})[record.peer_id] = _Entry(
             record=record,
             sequence=record.sequence,
-            expires=now + record.ttl_s,
+            expires=expires,
             forget=now + REMEMBER_SEQUENCE_S,
         )
+        self._next_expiry = min(self._next_expiry, expires)
 
     def get(self, key: bytes, now: float) -> list[Record]:
         """The records under ``key`` that have neither expired nor been withdrawn."""
@@ -77,12 +81,17 @@ class RecordStore:
         ]
 
     def expire(self, now: float) -> None:
+        if now < self._next_expiry:
+            return
+        self._next_expiry = math.inf
         for key, entries in list(self._keys.items()):
             for peer_id, entry in list(entries.items()):
                 if now >= entry.forget:
                     del entries[peer_id]
-                elif now >= entry.expires:
+                    continue
+                if now >= entry.expires:
                     entry.record = None
+                self._next_expiry = min(self._next_expiry, entry.expires if entry.record else entry.forget)
             if not entries:
                 del self._keys[key]
 

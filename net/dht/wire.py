@@ -29,6 +29,7 @@ PROTOCOL_ID = "/raceme/kad/1.0.0"
 MAX_ADDRESSES = 8
 MAX_ADDRESS_BYTES = 128
 MAX_PEER_ID_BYTES = 64
+REMEMBERED = 4096  # addresses and contacts, read once: every answer names the same twenty again
 MAX_ANSWER_RECORD_BYTES = MAX_RECORD_BYTES  # in one page
 
 
@@ -45,7 +46,7 @@ def read_addresses(fields: Mapping[str, Any], name: str) -> tuple[Multiaddr, ...
     return tuple(map(_read_address, raw))
 
 
-@functools.lru_cache(maxsize=4096)  # every answer names the same twenty again
+@functools.lru_cache(maxsize=REMEMBERED)
 def _read_address(data: bytes) -> Multiaddr:
     try:
         address = Multiaddr(data)
@@ -57,12 +58,19 @@ def _read_address(data: bytes) -> Multiaddr:
         raise RemoteProtocolError("bytes that are no multiaddr") from error
 
 
+@functools.lru_cache(maxsize=REMEMBERED)
+def _contact(peer_id: bytes, addresses: tuple[bytes, ...]) -> Contact:
+    if not 0 < len(peer_id) <= MAX_PEER_ID_BYTES:
+        raise RemoteProtocolError(f"a peer id of {len(peer_id)} bytes")
+    return Contact(peer_id=PeerId(peer_id), addresses=read_addresses({"a": list(addresses)}, "a"))
+
+
 def read_contacts(fields: Mapping[str, Any]) -> list[Contact]:
     contacts = []
     for pair in packing.field(fields, "peers", list, max_length=K):
         match pair:
-            case [bytes(peer_id), list(addresses)] if 0 < len(peer_id) <= MAX_PEER_ID_BYTES:
-                contacts.append(Contact(peer_id=PeerId(peer_id), addresses=read_addresses({"a": addresses}, "a")))
+            case [bytes(peer_id), list(raw)] if all(type(each) is bytes for each in raw):
+                contacts.append(_contact(peer_id, tuple(raw)))
             case _:
                 raise RemoteProtocolError("a peer that is not [id, addresses]")
     return contacts

@@ -26,6 +26,17 @@ class Stream(trio.abc.HalfCloseableStream):
     def reset(self) -> None:
         """End both directions now; the peer learns that it was no proper end."""
 
+    async def leave(self) -> None:
+        """As ``aclose``, and the peer is to know: what it sends once our end has been sent is answered by a reset.
+
+        So a closed socket answers. Where a muxer cannot tell, this is ``aclose``.
+        """
+        await self.aclose()
+
+    def limit_window(self, size: int) -> None:
+        """Let the peer have at most about ``size`` bytes on their way to us, where a muxer can tell. What it has been
+        given already stays its own."""
+
 
 class Muxer(Protocol):
     """Streams over one connection, for as long as ``run`` runs."""

@@ -96,6 +96,7 @@ class _Stream:
     send_window: int = INITIAL_WINDOW_BYTES
     receive_window: int = INITIAL_WINDOW_BYTES  # what the peer may still send
     window_size: int = INITIAL_WINDOW_BYTES
+    max_window: int
     consumed: int = 0  # by our reader, not given back yet
     updated_at: float = 0.0
     outgoing: deque[memoryview] = field(default_factory=deque)
@@ -204,6 +205,11 @@ class YamuxCore:
         """Whether either side can still send."""
         return stream_id in self._streams
 
+    def has_ended(self, stream_id: int) -> bool:
+        """Whether our end of an open stream has been given to ``data_to_send``."""
+        stream = self._streams.get(stream_id)
+        return stream is not None and stream.state is State.LOCAL_ENDED
+
     def end(self, stream_id: int) -> None:
         """Half-close: no more data from us, after what is queued."""
         stream = self._streams.get(stream_id)
@@ -226,7 +232,8 @@ class YamuxCore:
         if stream.consumed < (stream.window_size - RECORD_BYTES) // 2:  # half, to the next whole record
             return
         # It shrinks by what is not given back: room once given stays the peer's.
-        size = max(self._next_window(stream.window_size, now - stream.updated_at), stream.window_size - stream.consumed)
+        size = min(self._next_window(stream.window_size, now - stream.updated_at), stream.max_window)
+        size = max(size, stream.window_size - stream.consumed)
         increase = stream.consumed + size - stream.window_size
         stream.window_size = size
         stream.consumed = 0
@@ -248,6 +255,12 @@ class YamuxCore:
         if half_s > slow_s:
             return max(size // 2, INITIAL_WINDOW_BYTES)
         return size
+
+    def limit_window(self, stream_id: int, size: int) -> None:
+        """Let the stream's window grow to ``size`` bytes at most; the initial one is always given."""
+        stream = self._streams.get(stream_id)
+        if stream is not None:
+            stream.max_window = min(max(size, INITIAL_WINDOW_BYTES), self.settings.max_window_bytes)
 
     def go_away(self, reason: GoAway = GoAway.NORMAL) -> None:
         """Refuse new streams from now on, and say so."""
@@ -311,7 +324,10 @@ class YamuxCore:
             return 0
         stream.scheduled = False
         self._drained.append(stream_id)
-        room = min(room, self.settings.max_frame_bytes, stream.send_window)
+        most = min(stream.outgoing_bytes, stream.send_window)
+        room = min(room, self.settings.max_frame_bytes, most)
+        if most - room < RECORD_BYTES and room == self.settings.max_frame_bytes:
+            room = most  # no crumbs: the rest would be a frame of its own
         parts: list[memoryview] = []
         count = 0
         while stream.outgoing and count < room:
@@ -457,7 +473,7 @@ class YamuxCore:
     # Book-keeping
 
     def _add(self, stream_id: int, *, inbound: bool, now: float) -> None:
-        self._streams[stream_id] = _Stream(inbound=inbound, updated_at=now)
+        self._streams[stream_id] = _Stream(inbound=inbound, updated_at=now, max_window=self.settings.max_window_bytes)
         self._counts[inbound] += 1
 
     def _remove(self, stream_id: int) -> None:
@@ -471,9 +487,7 @@ class YamuxCore:
             self._remove(stream_id)
 
     def _schedule(self, stream_id: int, stream: _Stream) -> None:
-        waiting = stream.outgoing_bytes
-        # Of much, no crumbs: a peer that has read what we sent gives back half a window at least.
-        sendable = stream.send_window >= min(waiting, RECORD_BYTES) if waiting else stream.ending
+        sendable = stream.send_window > 0 if stream.outgoing else stream.ending
         if sendable and not stream.scheduled and stream_id in self._streams:
             stream.scheduled = True
             (self._long if stream.sends_bulk else self._short).append(stream_id)

@@ -93,9 +93,18 @@ class YamuxStream(Stream):
 
     async def aclose(self) -> None:
         """End our side; what the peer still sends is dropped, and after a minute refused."""
+        await self._aclose(refuse=False)
+
+    async def leave(self) -> None:
+        await self._aclose(refuse=True)
+
+    def limit_window(self, size: int) -> None:
+        self.connection._core.limit_window(self.stream_id, size)
+
+    async def _aclose(self, *, refuse: bool) -> None:
         if not self._closed:
             self._closed = True
-            self.connection._close(self.stream_id)
+            self.connection._close(self.stream_id, refuse=refuse)
             # What we never read must not stop the peer half-way through what it sends.
             self.connection._consumed(self.stream_id, sum(map(len, self._received)))
             self._received.clear()
@@ -129,6 +138,7 @@ class YamuxConnection(Muxer):
         self._core = yamux.YamuxCore(client=client, now=trio.current_time(), settings=settings)
         self._streams: dict[int, YamuxStream] = {}
         self._closed_here: dict[int, float] = {}  # streams whose peer has not ended yet, until when it may
+        self._left: set[int] = set()  # those of them whose peer is to know
         self._serving = 0
         self._batch_bytes = MAX_BATCH_BYTES  # as long as nobody talks beside it
         self._cut_bytes = 0  # what the channel was told last
@@ -286,6 +296,7 @@ class YamuxConnection(Muxer):
                 for stream_id, until in list(self._closed_here.items()):
                     if trio.current_time() >= until or not self._core.is_open(stream_id):
                         del self._closed_here[stream_id]
+                        self._left.discard(stream_id)
                         self._core.reset(stream_id)
                 self._wake_writer.set()
         finally:
@@ -303,6 +314,9 @@ class YamuxConnection(Muxer):
             case yamux.DataReceived(stream_id, data):
                 if (receiver := self._streams.get(stream_id)) is not None:
                     receiver._feed(data)
+                elif stream_id in self._left and self._core.has_ended(stream_id):
+                    self._left.remove(stream_id)
+                    self._core.reset(stream_id)
                 else:
                     self._core.consumed(stream_id, len(data), trio.current_time())
             case yamux.StreamOpened(stream_id):
@@ -321,6 +335,7 @@ class YamuxConnection(Muxer):
                     self._forget_ended(stream_id)
             case yamux.StreamReset(stream_id):
                 self._closed_here.pop(stream_id, None)
+                self._left.discard(stream_id)
                 if (reset := self._streams.pop(stream_id, None)) is not None:
                     reset._fail(errors.StreamReset("the stream was reset by the other side"))
             case yamux.WindowOpened(_):
@@ -361,11 +376,13 @@ class YamuxConnection(Muxer):
         self._core.reset(stream_id)
         self._wake_writer.set()
 
-    def _close(self, stream_id: int) -> None:
+    def _close(self, stream_id: int, *, refuse: bool) -> None:
         self._streams.pop(stream_id, None)
         self._core.end(stream_id)
         if self._core.is_open(stream_id):
             self._closed_here[stream_id] = trio.current_time() + LINGER_S
+            if refuse:
+                self._left.add(stream_id)
         self._wake_writer.set()
 
     def _forget_ended(self, stream_id: int) -> None:

@@ -32,7 +32,7 @@ LENGTH_BYTES = 2
 TAG_BYTES = 16
 _LENGTH = struct.Struct(">H")
 _NONCE = struct.Struct("<4xQ")
-SEND_BUFFER_BYTES = 5 * RECORD_BYTES
+SEND_BUFFER_BYTES = 6 * RECORD_BYTES
 
 
 class NoiseSecurity:

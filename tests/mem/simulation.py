@@ -1,8 +1,8 @@
 """A swarm of hundreds of DHT servers in one process, on a virtual clock and seeded randomness: every run replays.
 
-The DHT's service, table, look-ups, store, records and lanes are the real ones. Below them, where a host has
-connections, security and a muxer, ``SimulatedHost`` has streams that hand bytes over after a latency; signatures
-are real, and each is checked once per process. Wall clocks read the virtual one.
+The DHT's service, table, look-ups, store and records are the real ones, signatures too. ``SimulatedHost`` and
+``SimulatedLane`` stand for what lies below and is tested elsewhere: connections, security, muxer and streams. Messages
+are encoded and decoded as on the wire, and take their time. Wall clocks read the virtual one.
 
 What happens: servers come up, each announces itself; from then on, every minute a share of them leaves (half say
 so, half fall silent) and as many join. A share is hostile: it hands out forged, foreign, older and garbled records
@@ -13,6 +13,8 @@ every ``probe_s``.
 from __future__ import annotations
 
 import functools
+import heapq
+import math
 import random
 import time
 from collections import deque
@@ -24,7 +26,6 @@ from typing import Any, cast
 from unittest import mock
 
 import trio
-from libp2p.peer.envelope import unmarshal_envelope
 from trio.testing import MockClock
 
 from net import errors, records
@@ -34,16 +35,18 @@ from net.dht.service import Dht
 from net.dht.table import Contact, K
 from net.host import Host
 from net.identity import Identity, PeerId
-from net.mux.driver import YamuxStream
+from net.mux.base import Stream
 from net.records import Record
 from net.rpc import lane
-from net.rpc.framing import Message
+from net.rpc.framing import Decoder, Message, encode
 from net.swarm import Connection
 
 KEY = keys.of_name("raceme/nodes/1")
 KIND = "node"
 EPOCH_S = 1_800_000_000  # what wall clocks read at the beginning
-DIAL_S = 5.0
+DIAL_S = 5.0  # until a dial to nobody is given up
+LATENCY_S = (0.01, 0.1)  # one way; of each pair, between these
+TICK_S = 0.01
 PUBLISH_S = 20.0  # from signing an announcement until all who shall have it do
 BOOTSTRAP = 3  # honest servers that never leave
 
@@ -58,94 +61,71 @@ class Scenario:
     probe_s: float = 15.0
 
 
-# Streams
-
-
-class SimulatedStream(trio.abc.Stream):
-    """One end. Bytes arrive after the latency, in order; nothing arrives at or from a host that is dead."""
-
-    def __init__(self, host: SimulatedHost, latency_s: float) -> None:
-        self._host = host
-        self._latency_s = latency_s
-        self._incoming: deque[tuple[float, bytes]] = deque()
-        self._ended = self._reset = self._closed = False
-        self._lot = trio.lowlevel.ParkingLot()
-        self.other: SimulatedStream = self
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        await trio.lowlevel.checkpoint_if_cancelled()
-        if self._closed:
-            raise trio.ClosedResourceError
-        if self._reset:
-            raise errors.StreamReset("reset by the other side")
-        if not self._host.silent:
-            self.other._incoming.append((trio.current_time() + self._latency_s, bytes(data)))
-            self.other._lot.unpark_all()
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await trio.lowlevel.checkpoint()
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        while True:
-            if self._closed:
-                raise trio.ClosedResourceError
-            if self._reset:
-                raise errors.StreamReset("reset by the other side")
-            if self._incoming:
-                due, data = self._incoming[0]
-                if due > trio.current_time():
-                    await trio.sleep_until(due)
-                    continue
-                self._incoming.popleft()
-                return data
-            if self._ended:
-                return b""
-            await self._lot.park()
-
-    def reset(self) -> None:
-        self._closed = True
-        self._lot.unpark_all()
-        if not self._host.silent:
-            self.other._reset = True
-            self.other._lot.unpark_all()
-
-    async def aclose(self) -> None:
-        self._closed = True
-        self._lot.unpark_all()
-        if not self._host.silent:
-            self.other._ended = True
-            self.other._lot.unpark_all()
-        await trio.lowlevel.checkpoint()
-
-
-# Hosts
+# The network
 
 
 class SimulatedNetwork:
+    """Who is where, and a clock for what is on its way.
+
+    Whatever arrives within one tick arrives at once: that saves most turns of the event loop. Who goes first then is
+    the scheduler's choice, under the seed.
+    """
+
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
         self.hosts: dict[bytes, SimulatedHost] = {}  # by address
         self._count = 0
+        self._ticks: list[int] = []  # a heap
+        self._waiting: dict[int, dict[trio.lowlevel.Task, None]] = {}  # by tick
+        self._next = trio.CancelScope()
 
     def new_address(self) -> Multiaddr:
         self._count += 1
         return Multiaddr(f"/ip4/51.{self._count >> 16}.{self._count >> 8 & 255}.{self._count & 255}/tcp/4001")
 
+    async def wait(self, seconds: float) -> None:
+        """Sleep, to the end of a tick."""
+        tick = math.ceil((trio.current_time() + seconds) / TICK_S)
+        task = trio.lowlevel.current_task()
+        if tick not in self._waiting:
+            self._waiting[tick] = {}
+            heapq.heappush(self._ticks, tick)
+            self._next.deadline = self._ticks[0] * TICK_S
+        self._waiting[tick][task] = None
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            del self._waiting[tick][task]
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
+
+    async def run(self) -> None:
+        """Wake those who wait, when it is time."""
+        while True:
+            with self._next:
+                await trio.sleep_forever()
+            while self._ticks and self._ticks[0] * TICK_S <= trio.current_time():
+                for task in self._waiting.pop(heapq.heappop(self._ticks)):
+                    trio.lowlevel.reschedule(task)
+            self._next = trio.CancelScope(deadline=self._ticks[0] * TICK_S if self._ticks else math.inf)
+
+
+# Hosts
+
 
 class SimulatedHost:
     """As much of ``Host`` as the DHT uses."""
 
-    def __init__(self, network: SimulatedNetwork, identity: Identity, nursery: trio.Nursery) -> None:
+    def __init__(self, network: SimulatedNetwork, identity: Identity) -> None:
+        self.network = network
         self.identity = identity
         self.peer_id = identity.peer_id
         self.address = network.new_address()
         self.addresses = [self.address]
-        self.nursery = nursery
         self.silent = False
-        self._network = network
+        self.left = False
         self._handlers: dict[str, Callable[[Any, Any], Any]] = {}
         self._connected: dict[PeerId, tuple[SimulatedHost, float]] = {}
-        self._streams: set[SimulatedStream] = set()
         network.hosts[self.address.to_bytes()] = self
 
     @property
@@ -160,13 +140,13 @@ class SimulatedHost:
             return self._connected[peer_id]
         failure = errors.DialError("no address is known")
         for address in known:
-            other = self._network.hosts.get(address.to_bytes())
-            latency_s = self._network.rng.uniform(0.01, 0.1)
+            other = self.network.hosts.get(address.to_bytes())
+            latency_s = self.network.rng.uniform(*LATENCY_S)
             if other is None or other.silent or self.silent:
-                await trio.sleep(DIAL_S)
+                await self.network.wait(DIAL_S)
                 failure = errors.DialError(f"{address}: no answer")
                 continue
-            await trio.sleep(4 * latency_s)
+            await self.network.wait(4 * latency_s)
             if other.peer_id != peer_id:
                 failure = errors.PeerIdMismatch(peer_id, other.peer_id)
                 continue
@@ -179,42 +159,96 @@ class SimulatedHost:
         self, peer_id: PeerId, protocols: Sequence[str], known: Iterable[Multiaddr] = ()
     ) -> SimulatedStream:
         other, latency_s = await self.connect(peer_id, known)
-        await trio.sleep(2 * latency_s)
-        handler = other._handlers.get(protocols[0])
+        await self.network.wait(2 * latency_s)
         if other.silent or self.silent:
             await trio.sleep_forever()
         if self.peer_id not in other._connected:
             raise errors.ConnectionLost("the connection ended")
+        handler = other._handlers.get(protocols[0])
         if handler is None:
             raise errors.ProtocolNotSupported(protocols[0])
-        mine, theirs = SimulatedStream(self, latency_s), SimulatedStream(other, latency_s)
-        mine.other, theirs.other = theirs, mine
-        self._streams.add(mine)
-        other._streams.add(theirs)
-        other.nursery.start_soon(other._serve, handler, self, theirs)
-        return mine
-
-    async def _serve(self, handler: Callable[[Any, Any], Any], caller: SimulatedHost, stream: SimulatedStream) -> None:
-        try:
-            await handler(SimpleNamespace(peer_id=caller.peer_id, remote=caller.address), stream)
-            await stream.aclose()
-        except (errors.NetError, trio.ClosedResourceError):
-            stream.reset()
-        finally:
-            self._streams.discard(stream)
+        stream = SimulatedStream(self, other, latency_s)
+        await handler(SimpleNamespace(peer_id=self.peer_id, remote=self.address), stream)
+        return stream
 
     def leave(self) -> None:
         """Close everything, as a process that ends does."""
-        del self._network.hosts[self.address.to_bytes()]
+        del self.network.hosts[self.address.to_bytes()]
         for other, _ in self._connected.values():
             other._connected.pop(self.peer_id, None)
-        for stream in self._streams:
-            stream.reset()
-        self.silent = True
+        self.silent = self.left = True
 
     def die(self) -> None:
         """Fall silent, as a machine does that loses power."""
         self.silent = True
+
+
+@dataclass(eq=False)
+class SimulatedStream:
+    """What a lane goes over: who calls whom, and what the other side answers to."""
+
+    caller: SimulatedHost
+    callee: SimulatedHost
+    latency_s: float
+    methods: Mapping[str, lane.Method] = field(default_factory=dict)
+    idle_s: float = math.inf
+
+    def reset(self) -> None:
+        """Nothing was sent that must be undone."""
+
+
+async def _serve_lane(
+    stream: SimulatedStream, peer_id: PeerId, methods: Mapping[str, lane.Method], *, idle_s: float
+) -> None:
+    """``lane.serve``, without a task: ``SimulatedLane`` asks the methods itself."""
+    stream.methods, stream.idle_s = methods, idle_s
+
+
+class SimulatedLane:
+    """``Lane``: messages are encoded, take their time, and are decoded; there is no stream below."""
+
+    def __init__(self, stream: SimulatedStream, peer_id: PeerId) -> None:
+        self.peer_id = peer_id
+        self.is_busy = False
+        self._stream = stream
+        self._free = trio.lowlevel.ParkingLot()
+        self._used_at = trio.current_time()
+        self._over = False
+
+    async def call(self, method: str, fields: Mapping[str, Any], *, timeout_s: float) -> Message:
+        while self.is_busy:
+            await self._free.park()
+        idle = trio.current_time() - self._used_at > self._stream.idle_s
+        if self._over or idle or self._stream.callee.left:
+            raise errors.PeerFailed(self.peer_id, "the lane is over")
+        self.is_busy = self._over = True
+        try:
+            (answer,) = Decoder().receive_data(await self._exchange(method, fields, timeout_s))
+        finally:
+            self.is_busy = False
+            self._free.unpark_all()
+        self._over = False
+        self._used_at = trio.current_time()
+        if "e" in answer.header:
+            raise lane._read_error(answer.header)
+        return answer
+
+    async def _exchange(self, method: str, fields: Mapping[str, Any], timeout_s: float) -> bytes:
+        stream = self._stream
+        question = b"".join(encode(Message(header={**fields, "m": method})))
+        await stream.caller.network.wait(stream.latency_s)
+        if stream.callee.left:
+            raise errors.PeerFailed(self.peer_id, "the connection ended")
+        if stream.callee.silent or stream.caller.silent:
+            await trio.sleep(timeout_s)
+            raise errors.PeerFailed(self.peer_id, f"no answer in {timeout_s:g} s")
+        (request,) = Decoder().receive_data(question)
+        answer = b"".join(await lane._answer(request, stream.caller.peer_id, stream.methods))
+        await stream.caller.network.wait(stream.latency_s)
+        return answer
+
+    async def aclose(self) -> None:
+        self._over = True
 
 
 # Those who lie
@@ -225,7 +259,7 @@ class HostileDht(Dht):
 
     swarm: SimulatedSwarm
 
-    async def _serve(self, connection: Connection, stream: YamuxStream) -> None:
+    async def _serve(self, connection: Connection, stream: Stream) -> None:
         world = self.swarm
 
         async def find(message: Message) -> Message:
@@ -267,7 +301,8 @@ class Outcome:
     dead_gone_s: float = 0.0
     withdrawn_gone_s: float = 0.0
     forged: int = 0
-    older: int = 0
+    older: int = 0  # versions when another had been out for longer than publishing may take
+    outdated_s: float = 0.0  # how long the next version had been signed, at most, when one was found
     finds: int = 0
     find_s: list[float] = field(default_factory=list)  # virtual
     wall_s: float = 0.0
@@ -296,6 +331,7 @@ class SimulatedSwarm:
             )
             for _ in range(500)
         ]
+        self._nearest_bogus: dict[bytes, list[Contact]] = {}  # to each key that was asked for
         self._nursery: trio.Nursery
 
     # Who is there
@@ -310,7 +346,7 @@ class SimulatedSwarm:
     async def _live(self, scope: trio.CancelScope, hostile: bool, *, task_status: trio.TaskStatus[None]) -> None:
         with scope:
             async with trio.open_nursery() as nursery:
-                host = SimulatedHost(self.network, self.identity(), nursery)
+                host = SimulatedHost(self.network, self.identity())
                 dht = (HostileDht if hostile else Dht)(cast(Host, host), server=True)
                 if isinstance(dht, HostileDht):
                     dht.swarm = self
@@ -374,14 +410,15 @@ class SimulatedSwarm:
 
     def bogus_contacts(self, key: bytes) -> list[Any]:
         """Names that nobody has, the nearest of many; with some of our own among them."""
-        place = int.from_bytes(key, "big")
-        near = sorted(self._bogus, key=lambda contact: contact.position ^ place)[: K - 4]
+        if key not in self._nearest_bogus:
+            place = int.from_bytes(key, "big")
+            self._nearest_bogus[key] = sorted(self._bogus, key=lambda contact: contact.position ^ place)[: K - 4]
         friends = [n for n in self.nodes.values() if n.hostile and n.left_at is None]
         known = [
             Contact(peer_id=n.host.peer_id, addresses=(n.host.address,))
             for n in self.rng.sample(friends, min(4, len(friends)))
         ]
-        return wire.write_contacts([*known, *near])
+        return wire.write_contacts([*known, *self._nearest_bogus[key]])
 
     # What the clients see
 
@@ -391,12 +428,6 @@ class SimulatedSwarm:
             peer_id
             for peer_id, node in self.nodes.items()
             if node.announced_at is not None and node.left_at is None and not node.leaving
-        }
-        # The newest version of each that has had time to be put where it belongs.
-        settled = {
-            peer_id: max((r.sequence for r in self.nodes[peer_id].signed if r.sequence <= until), default=0)
-            for peer_id in live
-            for until in [1000 * (EPOCH_S + began - PUBLISH_S)]
         }
         found = await dht.find(KEY, KIND)
         now = trio.current_time()
@@ -415,13 +446,16 @@ class SimulatedSwarm:
                 if node.signed[-1].body.get("withdrawn"):
                     self.outcome.withdrawn_gone_s = max(self.outcome.withdrawn_gone_s, began - node.left_at)
                 self.outcome.dead_gone_s = max(self.outcome.dead_gone_s, began - node.left_at)
-            elif record.sequence < settled.get(record.peer_id, 0):
-                self.outcome.older += 1
+            newer = [each.sequence for each in node.signed if each.sequence > record.sequence]
+            if node.left_at is None and newer:
+                out_s = began - (min(newer) / 1000 - EPOCH_S)
+                self.outcome.outdated_s = max(self.outcome.outdated_s, out_s)
+                self.outcome.older += out_s >= PUBLISH_S
         self.outcome.trace = hash((self.outcome.trace, round(now * 1e6), len(found), self.rng.getrandbits(32)))
 
     async def _new_client(self) -> None:
         async with trio.open_nursery() as nursery:
-            host = SimulatedHost(self.network, self.identity(), nursery)
+            host = SimulatedHost(self.network, self.identity())
             dht = Dht(cast(Host, host), server=False)
             await dht.join(self.bootstrap)
             await self._probe(dht)
@@ -430,7 +464,7 @@ class SimulatedSwarm:
 
     async def _probes(self) -> None:
         async with trio.open_nursery() as nursery:
-            host = SimulatedHost(self.network, self.identity(), nursery)
+            host = SimulatedHost(self.network, self.identity())
             dht = Dht(cast(Host, host), server=False)
             await dht.join(self.bootstrap)
             await nursery.start(dht.run)
@@ -444,6 +478,7 @@ class SimulatedSwarm:
         began = time.perf_counter()
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            nursery.start_soon(self.network.run)
             n_hostile = round(scenario.nodes * scenario.hostile)
             kinds = [False] * (scenario.nodes - n_hostile - BOOTSTRAP) + [True] * n_hostile
             self.rng.shuffle(kinds)
@@ -462,24 +497,6 @@ class SimulatedSwarm:
 # Running one
 
 
-class _CheckedOnce:
-    """An envelope whose signature was checked when it was first seen."""
-
-    def __init__(self, data: bytes) -> None:
-        envelope = unmarshal_envelope(data)
-        self.payload_type, self.raw_payload = envelope.payload_type, envelope.raw_payload
-        self.public_key = envelope.public_key
-        self._failure: Exception | None = None
-        try:
-            envelope.validate(records.DOMAIN)
-        except Exception as error:
-            self._failure = error
-
-    def validate(self, domain: str) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-
 @contextmanager
 def _virtual(swarm: SimulatedSwarm) -> Iterator[None]:
     """Wall clocks, randomness and the scheduler, all under the seed."""
@@ -496,8 +513,9 @@ def _virtual(swarm: SimulatedSwarm) -> Iterator[None]:
     with (
         mock.patch("net.records.time", clock),
         mock.patch("net.identity.time", clock),
-        mock.patch("net.records.unmarshal_envelope", functools.lru_cache(maxsize=50_000)(_CheckedOnce)),
         mock.patch.object(records, "sign", note),
+        mock.patch.object(lane, "serve", _serve_lane),
+        mock.patch.object(service, "Lane", SimulatedLane),
         mock.patch.object(service, "time", clock),
         mock.patch.object(service, "random", swarm.rng),
         mock.patch.object(service, "os", SimpleNamespace(urandom=swarm.rng.randbytes)),

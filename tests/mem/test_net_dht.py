@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,13 +14,15 @@ import trio.testing
 from trio.testing import MockClock
 
 from net import errors, records
-from net.addresses import PeerAddress
+from net.addresses import PeerAddress, parse
 from net.dht import keys, wire
+from net.dht.gathering import Gathering
+from net.dht.lookup import Lookup
 from net.dht.service import Dht, DhtSettings
 from net.dht.table import Contact
 from net.host import Host, open_host
-from net.identity import Identity
-from net.mux.driver import YamuxStream
+from net.identity import Identity, PeerId
+from net.mux.base import Stream
 from net.records import Record
 from net.rpc import lane
 from net.rpc.framing import Message
@@ -135,6 +137,137 @@ async def test_withdrawing_while_renewing_ends_nothing_else(autojump_clock: Mock
         await trio.sleep(120)
         assert dhts[1]._announced == {}
         nursery.cancel_scope.cancel()
+
+
+class Counting(Dht):
+    """Counts its look-ups, and remembers whom it asked for anything."""
+
+    def __init__(self, host: Host, *, server: bool = True) -> None:
+        super().__init__(host, server=server)
+        self.walks = 0
+        self.called: list[tuple[PeerId, str]] = []
+
+    async def _walk(self, target: bytes, gathering: Gathering | None) -> Lookup:
+        self.walks += 1
+        return await super()._walk(target, gathering)
+
+    async def _call(self, contact: Contact, method: str, fields: Mapping[str, Any]) -> Message:
+        self.called.append((contact.peer_id, method))
+        return await super()._call(contact, method, fields)
+
+
+async def test_renewals_go_to_those_who_took_the_last_and_to_nearer_newcomers(autojump_clock: MockClock) -> None:
+    network = MemoryNetwork()
+    async with memory_hosts(23, network=network) as hosts:
+        dhts = await joined(hosts[:22])
+        dht = Counting(hosts[22])
+        await dht.join(hosts[0].peer_addresses)
+        assert await dht.announce(KEY, KIND, body) == 20
+        # Somebody comes whom the announcer hears of, and who is nearer than the others.
+        near = min((seeded(n) for n in range(300, 400)), key=lambda i: keys.distance(keys.of_peer(i.peer_id), KEY))
+        async with open_host(near, listen=[MEMORY_ANY], transports=[network.transport()]) as newcomer:
+            late = Dht(newcomer, server=True)
+            await late.join(hosts[0].peer_addresses)
+            dht.table.add(Contact(peer_id=newcomer.peer_id, addresses=tuple(newcomer.addresses)))
+            walks = dht.walks
+            await trio.sleep(30)
+            assert await dht._publish(KEY) == 20
+            assert dht.walks == walks
+            (held,) = late.store.get(KEY, trio.current_time())
+            assert held.sequence == dht.store.get(KEY, trio.current_time())[0].sequence
+            await trio.sleep(30)
+            assert await dht._publish(KEY) == 20
+            assert dht.walks == walks + 1  # after two renewals at the latest, they are looked up anew
+        assert len(dhts[3].store.get(KEY, trio.current_time())) <= 1
+
+
+async def test_holders_that_have_gone_are_replaced_at_once(autojump_clock: MockClock) -> None:
+    network = MemoryNetwork()
+    async with memory_hosts(20, network=network) as hosts, AsyncExitStack() as leaving:
+        dht = Counting(hosts[0])
+        await dht.join([])
+        for host in hosts[1:]:
+            await Dht(host, server=True).join(hosts[0].peer_addresses)
+        gone = [
+            await leaving.enter_async_context(
+                open_host(seeded(400 + n), listen=[MEMORY_ANY], transports=[network.transport()])
+            )
+            for n in range(20)
+        ]
+        for host in gone:
+            await Dht(host, server=True).join(hosts[0].peer_addresses)
+        await dht.announce(KEY, KIND, body)
+        announced = dht._announced[KEY]
+        announced.holders = [Contact(peer_id=h.peer_id, addresses=tuple(h.addresses)) for h in gone]
+        await leaving.aclose()
+        walks = dht.walks
+        assert await dht._publish(KEY) >= 10
+        assert dht.walks == walks + 1
+        assert {contact.peer_id for contact in announced.holders}.isdisjoint({host.peer_id for host in gone})
+
+
+async def test_where_few_hold_it_every_renewal_looks_for_more(autojump_clock: MockClock) -> None:
+    async with memory_hosts(3) as hosts:
+        dhts = await joined(hosts[:2])
+        assert await dhts[1].announce(KEY, KIND, body) == 1
+        await Dht(hosts[2], server=True).join(hosts[0].peer_addresses)
+        assert await dhts[1]._publish(KEY) == 2
+
+
+async def test_a_withdrawal_reaches_those_who_held_it_before(autojump_clock: MockClock) -> None:
+    async with memory_hosts(4) as hosts:
+        dhts = await joined(hosts)
+        assert await dhts[1].announce(KEY, KIND, body) == 3
+        for peer in (hosts[2], hosts[3]):  # no look-up of ours leads there any more
+            dhts[1].table.remove(peer.peer_id)
+        dhts[0].table.remove(hosts[3].peer_id)
+        dhts[2].table.remove(hosts[3].peer_id)
+        await dhts[1].withdraw()
+        assert dhts[3].store.get(KEY, trio.current_time()) == []
+        assert len(dhts[3].store.get_all(KEY, trio.current_time())) == 1
+
+
+async def test_what_is_withdrawn_during_its_renewal_is_not_given_out_any_more(autojump_clock: MockClock) -> None:
+    async with memory_hosts(2) as hosts:
+        dhts = await joined(hosts)
+        walk = dhts[1]._walk
+
+        async def slow_walk(target: bytes, gathering: Gathering | None) -> Lookup:
+            lookup = await walk(target, gathering)
+            await trio.sleep(1)
+            return lookup
+
+        dhts[1]._walk = slow_walk  # type: ignore[method-assign]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(dhts[1].announce, KEY, KIND, body)
+            await trio.sleep(0.5)
+            nursery.start_soon(dhts[1].withdraw)
+        for dht in dhts:
+            (held,) = dht.store.get_all(KEY, trio.current_time())
+            assert held.body == {"withdrawn": True}
+
+
+async def test_names_that_nobody_answers_to_are_tried_once_and_again_a_minute_later(autojump_clock: MockClock) -> None:
+    network = MemoryNetwork()
+    async with (
+        memory_hosts(1, network=network) as (host,),
+        open_host(seeded(900), transports=[network.transport()]) as us,
+    ):
+        liar = Liar(host)
+        made_up = [
+            Contact(peer_id=seeded(500 + n).peer_id, addresses=(parse(f"/memory/{n + 1000}"),)) for n in range(5)
+        ]
+        liar.answer([], wire.write_contacts(made_up))
+        dht = Counting(us, server=False)
+        await dht.join(host.peer_addresses)
+        names = {contact.peer_id for contact in made_up}
+        asked = [peer_id for peer_id, _ in dht.called if peer_id in names]
+        assert sorted(asked, key=str) == sorted(names, key=str)
+        await dht.lookup(KEY)
+        assert len([peer_id for peer_id, _ in dht.called if peer_id in names]) == 5
+        await trio.sleep(61)
+        await dht.lookup(KEY)
+        assert len([peer_id for peer_id, _ in dht.called if peer_id in names]) == 10
 
 
 async def test_a_server_that_died_is_passed_over_and_forgotten(autojump_clock: MockClock) -> None:
@@ -253,7 +386,7 @@ class Liar:
         self.methods: dict[str, Method] = {}
         host.handle(wire.PROTOCOL_ID, self._serve)
 
-    async def _serve(self, connection: Connection, stream: YamuxStream) -> None:
+    async def _serve(self, connection: Connection, stream: Stream) -> None:
         await lane.serve(stream, connection.peer_id, self.methods, idle_s=1000)
 
     def answer(self, held: list[Any], peers: list[Any] | None = None, **more: Any) -> None:

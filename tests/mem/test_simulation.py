@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from tests.mem.simulation import Scenario, simulate
@@ -23,3 +27,21 @@ def test_a_seed_replays() -> None:
     brief = Scenario(nodes=12, minutes=0.4, settle_s=20.0)
     one, same, other = (simulate(seed, brief) for seed in (7, 7, 8))
     assert one.trace == same.trace != other.trace
+
+
+def test_a_seed_replays_in_another_process_with_other_hashes() -> None:
+    program = (
+        "from tests.mem.simulation import Scenario, simulate;"
+        "print(simulate(7, Scenario(nodes=12, minutes=0.4, settle_s=20.0)).trace)"
+    )
+    traces = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+            check=True,
+            text=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert traces[0] == traces[1] != ""

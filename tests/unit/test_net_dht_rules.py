@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from net import addresses
 from net.addresses import Multiaddr
 from net.dht import keys, wire
+from net.dht.backoff import MAX_NAMES, Backoff
 from net.dht.gathering import Gathering
 from net.dht.lookup import ALPHA, MAX_CANDIDATES, MAX_QUERIES, Lookup
 from net.dht.table import PER_IP_GROUP, Contact, K, RoutingTable
@@ -97,6 +99,21 @@ def test_one_network_gets_two_places_in_a_bucket_and_three_in_all() -> None:
     assert table.add(Contact(peer_id=crowd[2].peer_id, addresses=contact(0, "203.0.113.8").addresses))
 
 
+def test_whoever_goes_leaves_its_network_the_place() -> None:
+    table = RoutingTable(OWN)
+    crowd = [Contact(peer_id=each.peer_id, addresses=contact(0, "203.0.113.7").addresses) for each in in_bucket(0, 4)]
+    elsewhere = contact(0, "203.0.113.9").addresses
+    assert [table.add(each) for each in crowd] == [True, True, False, False]
+    table.remove(crowd[0].peer_id)
+    assert [table.add(each) for each in crowd] == [True, True, False, False]
+    assert table.add(dataclasses.replace(crowd[1], addresses=elsewhere))  # moving leaves it too
+    assert table.add(crowd[2])
+    assert not table.add(crowd[3])
+    for _ in range(2):
+        table.failed(crowd[2].peer_id)
+    assert table.add(crowd[3])
+
+
 def test_neither_ourselves_nor_those_without_address_get_in() -> None:
     table = RoutingTable(OWN)
     assert not table.add(Contact(peer_id=OWN, addresses=contact(1).addresses))
@@ -154,7 +171,7 @@ class World:
         """Answers come in any order, at most ALPHA are under way."""
         under_way: list[Contact] = []
         while True:
-            under_way += lookup.next_queries()
+            under_way += lookup.next_queries(0.0)
             assert len(under_way) <= ALPHA
             if not under_way:
                 return
@@ -203,7 +220,7 @@ def test_the_dead_are_skipped(world: World, seed: int) -> None:
 
 def test_a_look_up_without_anybody_is_over_at_once() -> None:
     lookup = Lookup(OWN, TARGET, [])
-    assert (lookup.next_queries(), lookup.is_done, lookup.closest) == ([], True, [])
+    assert (lookup.next_queries(0.0), lookup.is_done, lookup.closest) == ([], True, [])
 
 
 def test_everybody_dead_ends_a_look_up(world: World) -> None:
@@ -218,9 +235,9 @@ def test_everybody_dead_ends_a_look_up(world: World) -> None:
 def test_we_are_never_asked() -> None:
     us = Contact(peer_id=OWN, addresses=contact(1).addresses)
     lookup = Lookup(OWN, TARGET, [us, contact(1)])
-    (first,) = lookup.next_queries()
+    (first,) = lookup.next_queries(0.0)
     lookup.answered(first.peer_id, [us])
-    assert lookup.next_queries() == []
+    assert lookup.next_queries(0.0) == []
     assert lookup.is_done
 
 
@@ -228,7 +245,7 @@ def test_servers_that_make_up_names_without_end_do_not_keep_a_look_up_going() ->
     lookup = Lookup(OWN, TARGET, [contact(0)])
     asked = 0
     made_up = 1
-    while queries := lookup.next_queries():
+    while queries := lookup.next_queries(0.0):
         for each in queries:
             asked += 1
             lookup.answered(each.peer_id, [contact(number) for number in range(made_up, made_up + K)])
@@ -242,7 +259,7 @@ def test_servers_that_make_up_ever_nearer_names_do_not_either() -> None:
     nearer = sorted((contact(number) for number in range(6000)), key=World.distance_to(TARGET), reverse=True)
     lookup = Lookup(OWN, TARGET, nearer[:1])
     asked = 0
-    while queries := lookup.next_queries():
+    while queries := lookup.next_queries(0.0):
         for each in queries:
             asked += 1
             lookup.answered(each.peer_id, nearer[20 * asked : 20 * asked + K])
@@ -255,11 +272,11 @@ def test_servers_that_make_up_ever_nearer_names_do_not_either() -> None:
 def test_far_names_do_not_crowd_out_near_ones() -> None:
     them = sorted((contact(number) for number in range(1000)), key=World.distance_to(TARGET))
     lookup = Lookup(OWN, TARGET, them[-1:])
-    (first,) = lookup.next_queries()
+    (first,) = lookup.next_queries(0.0)
     lookup.answered(first.peer_id, them[-MAX_CANDIDATES:])
-    (*_, second) = lookup.next_queries()
+    (*_, second) = lookup.next_queries(0.0)
     lookup.answered(second.peer_id, them[:1])
-    assert lookup.next_queries()[0] == them[0]
+    assert lookup.next_queries(0.0)[0] == them[0]
 
 
 # Disjoint paths
@@ -282,7 +299,7 @@ class Liars(World):
         lookup = Lookup(OWN, target, self.random.sample(self.contacts, 5), paths=paths)
         asked: set[PeerId] = set()
         under_way: list[Contact] = []
-        while under_way := under_way + lookup.next_queries():
+        while under_way := under_way + lookup.next_queries(0.0):
             peer_id = under_way.pop(self.random.randrange(len(under_way))).peer_id
             assert peer_id not in asked
             asked.add(peer_id)
@@ -306,11 +323,11 @@ def test_paths_that_share_nothing_find_honest_servers_that_one_path_misses() -> 
 def test_no_path_asks_or_follows_what_another_was_told() -> None:
     them = [contact(number) for number in range(100)]
     lookup = Lookup(OWN, TARGET, them[:3], paths=3)
-    starts = lookup.next_queries()
+    starts = lookup.next_queries(0.0)
     assert {each.peer_id for each in starts} == {each.peer_id for each in them[:3]}
     lookup.answered(starts[0].peer_id, them[3:23])
     lookup.answered(starts[1].peer_id, them[3:23])  # the same: nobody twice
-    seen = [each.peer_id for each in lookup.next_queries()]
+    seen = [each.peer_id for each in lookup.next_queries(0.0)]
     assert len(seen) == len(set(seen)) <= ALPHA
     assert {len(path.contacts) for path in lookup._paths} == {1, 21}
     assert [path.queries for path in lookup._paths if len(path.contacts) == 1] == [1]
@@ -318,14 +335,14 @@ def test_no_path_asks_or_follows_what_another_was_told() -> None:
 
 def test_one_known_server_is_enough_for_all_paths() -> None:
     lookup = Lookup(OWN, TARGET, [contact(0)], paths=3)
-    (first,) = lookup.next_queries()
+    (first,) = lookup.next_queries(0.0)
     lookup.answered(first.peer_id, [contact(number) for number in range(1, 13)])
     assert sorted(len(path.contacts) for path in lookup._paths) == [4, 4, 5]
-    asked = lookup.next_queries()
+    asked = lookup.next_queries(0.0)
     assert len(asked) == ALPHA
     for each in asked:
         lookup.answered(each.peer_id, [])
-    for each in lookup.next_queries():
+    for each in lookup.next_queries(0.0):
         lookup.failed(each.peer_id)
     assert lookup.is_done
     assert len(lookup.closest) == 11
@@ -334,11 +351,11 @@ def test_one_known_server_is_enough_for_all_paths() -> None:
 def test_names_that_lead_nowhere_use_up_one_paths_budget_alone() -> None:
     lookup = Lookup(OWN, TARGET, [contact(number) for number in range(3)], paths=3)
     made_up = 100
-    misled = lookup.next_queries()[0].peer_id
+    misled = lookup.next_queries(0.0)[0].peer_id
     queries = [misled]
     asked = 0
     lookup.answered(misled, [contact(number) for number in range(made_up, made_up + K)])
-    while queries := [each.peer_id for each in lookup.next_queries()]:
+    while queries := [each.peer_id for each in lookup.next_queries(0.0)]:
         for peer_id in queries:
             asked += 1
             made_up += K
@@ -349,35 +366,106 @@ def test_names_that_lead_nowhere_use_up_one_paths_budget_alone() -> None:
 
 def test_the_slow_are_neither_waited_for_nor_lost() -> None:
     them = sorted((contact(number) for number in range(40)), key=World.distance_to(TARGET))
-    lookup = Lookup(OWN, TARGET, them[:30])
-    stuck = lookup.next_queries()
+    lookup = Lookup(OWN, TARGET, them[:30], patience_s=0.5, slow_s=2.0)
+    stuck = lookup.next_queries(0.0)
     assert stuck == them[:ALPHA]
-    assert lookup.next_queries() == []
-    for each in stuck:
-        lookup.slow(each.peer_id)
-    others = lookup.next_queries()
+    assert lookup.deadline == 0.5
+    lookup.pass_time(0.4)
+    assert lookup.next_queries(0.4) == []
+    lookup.pass_time(0.5)
+    others = lookup.next_queries(0.5)
     assert others == them[ALPHA : 2 * ALPHA]
-    for each in others[:-1]:
+    for each in others:
+        lookup.answered(each.peer_id, [])
+    lookup.pass_time(1.9)
+    assert (lookup.next_queries(1.9), lookup.is_done, lookup.deadline) == ([], False, 2.0)
+    lookup.pass_time(2.0)
+    more = lookup.next_queries(2.0)  # in the place of those that are passed over
+    assert more == them[2 * ALPHA : 30]
+    for each in more[:-1]:
         lookup.answered(each.peer_id, [])
     assert not lookup.is_done
-    lookup.failed(others[-1].peer_id)
-    for each in lookup.next_queries():
-        lookup.answered(each.peer_id, [])
+    lookup.failed(more[-1].peer_id)
     assert lookup.is_done
-    assert lookup.unanswered == [each.peer_id for each in stuck]
+    assert lookup.slow == stuck
     lookup.answered(stuck[0].peer_id, [])
     assert lookup.closest[0] == stuck[0]
+    assert lookup.slow == stuck[1:]
+
+
+def test_where_many_have_answered_the_others_are_waited_for_half_as_long() -> None:
+    them = sorted((contact(number) for number in range(K + 2)), key=World.distance_to(TARGET))
+    lookup = Lookup(OWN, TARGET, them, alpha=K + 2, paths=2, slow_s=2.0)
+    assert len(lookup.next_queries(0.0)) == K + 2
+    for each in them[2:-1]:
+        lookup.answered(each.peer_id, [])
+    lookup.pass_time(1.0)
+    assert (lookup.is_done, lookup.deadline) == (False, 2.0)
+    lookup.answered(them[-1].peer_id, [])
+    assert (lookup.is_done, lookup.deadline) == (False, 1.0)
+    lookup.pass_time(1.0)
+    assert lookup.is_done
+    assert lookup.slow == them[:2]
+
+
+def test_who_was_asked_just_now_is_not_blamed_when_the_look_up_ends() -> None:
+    them = sorted((contact(number) for number in range(K + 1)), key=World.distance_to(TARGET))
+    lookup = Lookup(OWN, TARGET, them[1:], alpha=K)
+    early = lookup.next_queries(0.0)
+    for each in early[1:]:
+        lookup.answered(each.peer_id, them[:1])
+    lookup.pass_time(2.0)
+    assert lookup.slow == early[:1]
+    assert lookup.next_queries(2.0) == them[:1]
+    lookup.pass_time(3.9)
+    assert lookup.slow == early[:1]
 
 
 def test_where_few_answer_the_slow_are_waited_for() -> None:
     lookup = Lookup(OWN, TARGET, [contact(0), contact(1)])
-    for each in lookup.next_queries():
-        lookup.slow(each.peer_id)
+    lookup.next_queries(0.0)
+    lookup.pass_time(100.0)
+    assert lookup.deadline == math.inf
     assert not lookup.is_done
     lookup.answered(contact(0).peer_id, [])
     assert not lookup.is_done
     lookup.failed(contact(1).peer_id)
     assert lookup.is_done
+
+
+@given(st.floats(0, 1e6), st.floats(0.001, 10), st.floats(0.001, 10))
+def test_time_that_passes_at_a_deadline_always_leads_on(asked_at: float, patience_s: float, slow_s: float) -> None:
+    lookup = Lookup(OWN, TARGET, [contact(0)], patience_s=patience_s, slow_s=slow_s)
+    lookup.next_queries(asked_at)
+    for _ in range(2):
+        lookup.pass_time(lookup.deadline)
+    assert lookup.deadline == math.inf
+    assert lookup.slow == [contact(0)]
+
+
+# Back-off
+
+
+def test_who_did_not_answer_is_left_alone_for_a_while_at_those_addresses() -> None:
+    backoff = Backoff(60.0)
+    silent, elsewhere = contact(1, "203.0.113.1"), contact(1, "203.0.113.2")
+    backoff.note(silent, 100.0)
+    assert [backoff.holds(silent, now) for now in (100.0, 159.9, 160.0)] == [True, True, False]
+    assert not backoff.holds(elsewhere, 100.0)
+    assert not backoff.holds(contact(2), 100.0)
+    backoff.forgive(silent.peer_id)
+    assert not backoff.holds(silent, 100.0)
+    backoff.forgive(silent.peer_id)
+
+
+def test_made_up_names_push_out_only_older_ones() -> None:
+    backoff = Backoff(60.0)
+    for number in range(MAX_NAMES + 1):
+        backoff.note(contact(number), float(number) / MAX_NAMES)
+    assert len(backoff) == MAX_NAMES
+    assert not backoff.holds(contact(0), 2.0)
+    assert backoff.holds(contact(1), 2.0)
+    assert backoff.holds(contact(MAX_NAMES), 2.0)
 
 
 # What is believed

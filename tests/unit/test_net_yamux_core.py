@@ -215,7 +215,8 @@ def test_a_sender_stops_at_the_window_until_its_reader_reads() -> None:
     pair.cores["client"].send(stream_id, b"x" * total)
     pair.settle()
     got = sum(len(e.data) for e in pair.events["server"] if isinstance(e, yamux.DataReceived))
-    assert INITIAL_WINDOW_BYTES - yamux.SHORT_BYTES < got <= INITIAL_WINDOW_BYTES
+    # All of it: a peer that loses count of what it gave (go-yamux 4.0.1, when it grows a window) waits for the rest.
+    assert got == INITIAL_WINDOW_BYTES
     assert pair.cores["client"].unsent(stream_id) == total - got
     pair.cores["server"].consumed(stream_id, got, pair.now)
     pair.settle()
@@ -398,15 +399,10 @@ def test_what_is_left_of_bulk_is_no_short_message() -> None:
 
 def test_bulk_is_not_sent_in_crumbs() -> None:
     pair = CorePair()
-    client = pair.cores["client"]
     stream_id = opened(pair)
-    client.send(stream_id, bytes(400_000))
-    client.data_to_send(200_000)
-    room = INITIAL_WINDOW_BYTES - 200_000
-    assert 0 < room < yamux.SHORT_BYTES
-    assert not client.has_data_to_send  # the window has room, but for little
-    client.receive_data(Header(Type.WINDOW_UPDATE, Flags.NONE, stream_id, 200_000).encode(), 0.0)
-    assert [each.length for each, _ in sent(client)] == [200_000]
+    pair.cores["client"].send(stream_id, bytes(1_000_000))
+    (only,) = [header.length for header, _ in sent(pair.cores["client"])]
+    assert only == INITIAL_WINDOW_BYTES > YamuxSettings().max_frame_bytes
 
 
 def test_the_end_of_a_message_fits_into_what_is_left_of_a_window() -> None:
