@@ -4,7 +4,7 @@ BIN := .venv/bin
 CONSTRAINTS := .ci/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench interop clean
+.PHONY: help install demo test check bench interop lab clean
 
 help: ## what can be made here
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ bench: .venv/.ready ## every benchmark, and which goals are missed
 
 interop: .venv/.ready ## our hosts against go-libp2p and js-libp2p (fetches them once; needs npm)
 	$(BIN)/python -m interop
+
+lab: .venv/.ready ## our nodes behind every kind of NAT, on a simulated internet (needs root, nftables, iproute2)
+	$(BIN)/python -m interop.lab
 
 clean: ## remove what was installed
 	rm -rf .venv interop/.cache

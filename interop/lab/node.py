@@ -1,0 +1,138 @@
+"""One of our nodes, told what to do by lines of JSON on its standard input; it answers each with one line.
+
+    {"do": "start", "listen": [ADDR, ...], "relay": ADDR or null}  -> {"peer_id": ..., "addresses": [ADDR, ...]}
+    {"do": "connect", "peer": PEERID, "addresses": [ADDR, ...], "relay": ADDR or null, "within_s": S}
+        -> {"connected": bool, "direct": bool, "seconds": S or null, "tries": N or null, "why": TEXT or null}
+    {"do": "ping", "peer": PEERID, "count": N}                     -> {"rtt_ms": MEDIAN}
+    {"do": "stop"}                                                 -> {}
+
+``start`` makes a new identity and new sockets, so that nothing of one attempt helps the next. What goes wrong is
+``{"error": TEXT}``. It ends with its standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import trio
+
+from net import addresses
+from net.errors import NetError
+from net.host import Host, open_host
+from net.identity import Identity, PeerId
+from net.ping import ping
+
+CIRCUIT = "/p2p-circuit"
+MAX_ORDER_BYTES = 65536
+LOOK_S = 0.02  # how often it is looked whether a relayed connection has become a direct one
+
+
+async def main() -> None:
+    orders = _orders()
+    async with aclosing(orders):
+        async for order in orders:
+            if order["do"] != "start":
+                _answer({"error": f"not started: {order}"})
+                continue
+            try:
+                stopped = await _live(order, orders)
+            except* NetError as group:
+                _answer({"error": str(group.exceptions[0])})
+            else:
+                if stopped:
+                    _answer({})
+
+
+async def _orders() -> AsyncGenerator[dict[str, Any], None]:
+    heard = b""
+    async with trio.lowlevel.FdStream(os.dup(0)) as stream:
+        while data := await stream.receive_some(MAX_ORDER_BYTES):
+            *lines, heard = (heard + data).split(b"\n")
+            for line in lines:
+                yield json.loads(line)
+
+
+def _answer(value: dict[str, Any]) -> None:
+    print(json.dumps(value), flush=True)
+
+
+async def _live(start: dict[str, Any], orders: AsyncGenerator[dict[str, Any], None]) -> bool:
+    """One host, until ``stop`` (True) or the end of all orders."""
+    listen = [addresses.parse(text) for text in start["listen"]]
+    async with open_host(Identity.generate(), listen=listen) as host:
+        await reserve(host, start["relay"])
+        _answer({"peer_id": str(host.peer_id), "addresses": [str(address) for address in host.addresses]})
+        async for order in orders:
+            if order["do"] == "stop":
+                return True
+            try:
+                _answer(await _do(host, order))
+            except NetError as error:
+                _answer({"error": str(error)})
+    return False
+
+
+async def _do(host: Host, order: dict[str, Any]) -> dict[str, Any]:
+    peer = PeerId.from_string(order["peer"])
+    if order["do"] == "connect":
+        return await reach(host, peer, order)
+    round_trips: list[float] = []
+    async with aclosing(ping(host, peer)) as coming:
+        async for round_trip_s in coming:
+            round_trips.append(round_trip_s * 1000)
+            if len(round_trips) == order["count"]:
+                break
+    return {"rtt_ms": statistics.median(round_trips)}
+
+
+async def reserve(host: Host, relay: str | None) -> None:
+    """Be reachable through the relay. As long as there are no reservations: be connected with it."""
+    if relay is not None:
+        known = addresses.parse_peer(relay)
+        await host.connect(known.peer_id, [known.address])
+
+
+async def reach(host: Host, peer: PeerId, order: dict[str, Any]) -> dict[str, Any]:
+    """Connect at the addresses given and through the relay; then wait for the connection to become direct."""
+    known = [addresses.parse(text) for text in order["addresses"]]
+    if order["relay"] is not None:
+        known.append(addresses.parse(order["relay"] + CIRCUIT))
+    start = trio.current_time()
+    why = None
+    with trio.move_on_after(order["within_s"]) as scope:
+        try:
+            await host.connect(peer, known)
+            await _direct(host, peer)
+        except NetError as error:
+            why = str(error)
+    if scope.cancelled_caught:
+        why = f"not direct in {order['within_s']} s"
+    direct = is_direct(host, peer)
+    return {
+        "connected": host.swarm.connection(peer) is not None,
+        "direct": direct,
+        "seconds": trio.current_time() - start if direct else None,
+        "tries": None,  # whoever punches holes will count them
+        "why": why,
+    }
+
+
+async def _direct(host: Host, peer: PeerId) -> None:
+    """Return when there is a connection without a relay; nothing tells of it, so one has to look."""
+    while True:
+        if is_direct(host, peer):
+            return
+        await trio.sleep(LOOK_S)
+
+
+def is_direct(host: Host, peer: PeerId) -> bool:
+    return any(entry.peer_id == peer and CIRCUIT not in str(entry.remote) for entry in host.swarm.connections)
+
+
+if __name__ == "__main__":
+    trio.run(main)
