@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
+from os import PathLike
 from typing import TYPE_CHECKING
 
 from client import shadowing
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["connect", "open_swarm"]
 
 
-def connect(bootstrap: str | Sequence[str], *, timeout_s: float = 10.0) -> Swarm:
+def connect(
+    bootstrap: str | Sequence[str], *, timeout_s: float = 10.0, swarm_key: str | PathLike[str] | None = None
+) -> Swarm:
     """Join a swarm through the nodes at ``bootstrap``, blocking. Use it as a context manager, or ``close()`` it.
 
     Works in any thread, also where an event loop runs already (Jupyter): the network has a thread of its own.
@@ -33,22 +36,26 @@ def connect(bootstrap: str | Sequence[str], *, timeout_s: float = 10.0) -> Swarm
     Args:
         bootstrap: one address or several, each ending in ``/p2p/PEERID``; one that answers is enough.
         timeout_s: after which to give up; above 0.
+        swarm_key: the file with the key of a private swarm.
 
     Raises:
         TypeError: ``bootstrap`` is neither, or ``timeout_s`` is no number.
         client.errors.InvalidInput: ``timeout_s`` is not above 0.
         net.errors.AddressError: an address that cannot be read.
+        net.errors.IdentityError: no key can be read from ``swarm_key``.
         net.errors.DialError: nobody answered, or somebody else than the address says.
     """
     shadowing.check()
     from client.blocking import Swarm
 
-    return Swarm(bootstrap, timeout_s=timeout_s)
+    return Swarm(bootstrap, timeout_s=timeout_s, swarm_key=swarm_key)
 
 
-def open_swarm(bootstrap: str | Sequence[str], *, timeout_s: float = 10.0) -> AbstractAsyncContextManager[AsyncSwarm]:
+def open_swarm(
+    bootstrap: str | Sequence[str], *, timeout_s: float = 10.0, swarm_key: str | PathLike[str] | None = None
+) -> AbstractAsyncContextManager[AsyncSwarm]:
     """As ``connect``, for trio: ``async with client.open_swarm(address) as swarm``."""
     shadowing.check()
     from client.swarm import open_swarm
 
-    return open_swarm(bootstrap, timeout_s=timeout_s)
+    return open_swarm(bootstrap, timeout_s=timeout_s, swarm_key=swarm_key)

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,9 @@ CLOSE_S = 5.0
 class Swarm:
     """Made by ``client.connect``, which says what it takes. Any thread may use it."""
 
-    def __init__(self, bootstrap: str | Sequence[str], *, timeout_s: float) -> None:
+    def __init__(
+        self, bootstrap: str | Sequence[str], *, timeout_s: float, swarm_key: str | PathLike[str] | None = None
+    ) -> None:
         refuse_in_trio()
         self._closed = False
         self._scope = trio.CancelScope()
@@ -35,7 +38,7 @@ class Swarm:
             if self._closed:
                 return
             with self._scope:
-                async with open_swarm(bootstrap, timeout_s=timeout_s) as swarm:
+                async with open_swarm(bootstrap, timeout_s=timeout_s, swarm_key=swarm_key) as swarm:
                     ready.put((swarm, Portal(self._token)))
                     await trio.sleep_forever()
 

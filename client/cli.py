@@ -73,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     import argparse
 
     import client.commands
+    import client.doctor
     import compute.cli
     import net.cli
 
@@ -89,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     compute.cli.add_commands(commands)
     client.commands.add_generate(commands)
     client.commands.add_status(commands)
+    client.doctor.add_doctor(commands)
     return parser
 
 

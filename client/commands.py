@@ -42,6 +42,7 @@ def add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="text to continue; - reads it from standard input, less one newline at its end",
     )
     _add_max_new_tokens(generate)
+    console.add_swarm_key(generate)
     generate.add_argument(
         "--temperature", type=_factor, metavar="T", help="sample at this temperature (default: greedy)"
     )
@@ -88,6 +89,7 @@ def add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "status", help="show every block and who serves it", description="Show every block and who serves it."
     )
     console.add_bootstrap(status)
+    console.add_swarm_key(status)
     console.add_json(status, "it")
     console.add_common(status)
     status.set_defaults(run=run_status)
@@ -124,7 +126,7 @@ def run_generate(options: argparse.Namespace) -> int:
         raise console.UserError(
             "--seed does nothing without sampling: add --temperature, --top-p or --top-k, or leave it out"
         )
-    with client.connect(options.bootstrap, timeout_s=CONNECT_TIMEOUT_S) as swarm:
+    with client.connect(options.bootstrap, timeout_s=CONNECT_TIMEOUT_S, swarm_key=options.swarm_key) as swarm:
         # Ask for the model's nodes before the slow import: what is missing should be said at once.
         swarm.models()
         model = swarm.model(options.model)
@@ -187,7 +189,7 @@ def sampling_options(options: argparse.Namespace) -> dict[str, Any]:
 def run_status(options: argparse.Namespace) -> int:
     import client
 
-    with client.connect(options.bootstrap, timeout_s=CONNECT_TIMEOUT_S) as swarm:
+    with client.connect(options.bootstrap, timeout_s=CONNECT_TIMEOUT_S, swarm_key=options.swarm_key) as swarm:
         models, peers = swarm.models(), swarm.peers()
     if options.json:
         console.print_json({"models": [_model_json(model, peers) for model in models]})
@@ -225,6 +227,7 @@ def _model_json(model: ServedModel, peers: Sequence[Peer]) -> dict[str, Any]:
                 "decode_tokens_per_s": peer.announcement.decode_tokens_per_s,
                 "cache_tokens_left": peer.announcement.cache_tokens_left,
                 "max_length": peer.announcement.max_length,
+                "reachability": peer.announcement.reachability,
                 "round_trip_ms": None if peer.round_trip_s is None else peer.round_trip_s * 1000,
                 "problem": peer.problem,
             }
@@ -244,11 +247,12 @@ def print_placement(model: ServedModel, peers: Sequence[Peer]) -> None:
     table = Table(
         title=f"{model.name}, {model.n_blocks} blocks, digest {model.digest[:12]}",
         title_justify="left",
-        caption="speed: of the node's blocks alone, as it measured when it started",
+        caption="reach: public and mapped nodes can be connected to, punchable ones when both sides dial, relay-only "
+        "ones through relays\nspeed: of the node's blocks alone, as it measured when it started",
         caption_justify="left",
         box=None,
     )
-    for heading in ("blocks", "served", "peer", "speed", "round trip"):
+    for heading in ("blocks", "served", "peer", "reach", "speed", "round trip"):
         table.add_column(
             heading,
             justify="right" if heading in ("speed", "round trip") else "left",
@@ -263,9 +267,8 @@ def print_placement(model: ServedModel, peers: Sequence[Peer]) -> None:
         if model.n_blocks > 40:
             bar = ""
         round_trip = "no answer" if peer.round_trip_s is None else f"{peer.round_trip_s * 1000:.1f} ms"
-        table.add_row(
-            f"{node.start}:{node.end}", bar, str(node.peer_id), f"{node.decode_tokens_per_s:.0f} tokens/s", round_trip
-        )
+        speed = f"{node.decode_tokens_per_s:.0f} tokens/s"
+        table.add_row(f"{node.start}:{node.end}", bar, str(node.peer_id), node.reachability, speed, round_trip)
     Console(width=None if console.is_terminal(sys.stdout) else PIPE_COLUMNS).print(table)
     for peer in peers:
         if peer.problem and peer.announcement.digest == model.digest:

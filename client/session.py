@@ -2,7 +2,8 @@
 
 It keeps what it sent, so that a chain can be replaced: when a node fails, the session chooses another
 chain without it, sends its history again in the same pieces, and goes on. The same pieces through the same
-numerics give the same bits.
+numerics give the same bits. A node whose connection breaks keeps what it has for a while: when it can be reached
+in another way, or directly instead of through a relay, the session goes on there without sending anything again.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from net.protocol import session as wire
 from net.protocol.announcement import NodeAnnouncement
 from net.rpc.framing import MAX_FRAME_BYTES, MAX_HEADER_BYTES, Message, Tensor
 from net.rpc.lane import Lane
+from net.swarm import Connection
 
 logger = logging.getLogger(__name__)
 
 OPEN_TIMEOUT_S = 8.0
 STEP_TIMEOUT_S = 60.0
+RESUME_S = 3.0  # for a node whose connection broke, before others are asked
 MAX_REPLACEMENTS = 4  # chains tried for one step
 BUSY_TRIES = 5
 MAX_RETRY_AFTER_S = 10.0  # a node that wants to be left alone for longer is asked again all the same
@@ -52,6 +55,16 @@ class _Piece:
         return self.position + self.hidden.shape[1]
 
 
+@dataclass(kw_only=True, eq=False)
+class _Leg:
+    """A node of the chain, the stream to it, and what it calls the session."""
+
+    node: NodeAnnouncement
+    lane: Lane
+    connection: Connection
+    token: bytes | None = None
+
+
 class Session:
     """See the module. Not for concurrent use; made by ``AsyncSwarm.session``.
 
@@ -71,7 +84,7 @@ class Session:
         self._host = host
         self._find_nodes = find_nodes
         self._requested_length = max_length
-        self._lanes: list[Lane] = []
+        self._legs: list[_Leg] = []
         self._failed: dict[PeerId, str] = {}  # who, and why
         self._may_forgive = True
         self._history: list[_Piece] = []
@@ -91,7 +104,7 @@ class Session:
         if self.batch not in (None, batch):
             raise InvalidInput(f"the session has {self.batch} rows, not {batch}; open another with model.session()")
         self._may_forgive = True
-        if not self._lanes:
+        if not self._legs:
             await self._open_chain(batch)
 
     async def step(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -141,9 +154,9 @@ class Session:
 
     async def aclose(self) -> None:
         """Free the session on its nodes."""
-        lanes, self._lanes = self._lanes, []
-        for lane in lanes:
-            await lane.aclose()
+        legs, self._legs = self._legs, []
+        for leg in legs:
+            await leg.lane.aclose()
 
     # The chain
 
@@ -195,18 +208,85 @@ class Session:
             request = wire.Open(
                 digest=hop.node.digest, start=hop.start, end=hop.end, batch=batch, max_length=self.max_length
             )
+            lane, connection = await self._open_lane(hop.node, OPEN_TIMEOUT_S)
+            leg = _Leg(node=hop.node, lane=lane, connection=connection)
+            self._legs.append(leg)
+            answer = await self._call(lane, "open", Message(header=request.to_fields()), OPEN_TIMEOUT_S)
             try:
-                with trio.fail_after(OPEN_TIMEOUT_S):
-                    stream = await self._host.open_stream(hop.node.peer_id, [wire.PROTOCOL_ID], hop.node.addresses)
-            except trio.TooSlowError as error:
-                raise errors.PeerFailed(hop.node.peer_id, f"no connection in {OPEN_TIMEOUT_S:g} s") from error
-            except errors.PeerFailed:
-                raise
-            except errors.NetError as error:
-                raise errors.PeerFailed(hop.node.peer_id, str(error)) from error
-            lane = Lane(stream, hop.node.peer_id)
-            self._lanes.append(lane)
-            await self._call(lane, "open", Message(header=request.to_fields()), OPEN_TIMEOUT_S)
+                leg.token = wire.read_token(answer.header) if "token" in answer.header else None
+            except errors.RemoteProtocolError as error:
+                raise errors.PeerFailed(lane.peer_id, f"opened a session with {error}") from error
+
+    async def _open_lane(self, node: NodeAnnouncement, timeout_s: float) -> tuple[Lane, Connection]:
+        """Raises:
+        PeerFailed: no connection, or no stream on it.
+        """
+        try:
+            with trio.fail_after(timeout_s):
+                connection = await self._host.connect(node.peer_id, node.addresses)
+                stream = await self._host.open_stream_over(connection, [wire.PROTOCOL_ID])
+        except trio.TooSlowError as error:
+            raise errors.PeerFailed(node.peer_id, f"no connection in {timeout_s:g} s") from error
+        except errors.PeerFailed:
+            raise
+        except errors.NetError as error:
+            raise errors.PeerFailed(node.peer_id, str(error)) from error
+        return Lane(stream, node.peer_id), connection
+
+    # Another way to the same nodes
+
+    async def _resume(self, error: errors.PeerFailed) -> bool:
+        """Whether a node whose connection broke, but which may be well, has the session again."""
+        leg = next((leg for leg in self._legs if leg.lane.peer_id == error.peer_id), None)
+        if (
+            leg is None
+            or leg.token is None
+            or not isinstance(error.__cause__, errors.ConnectionLost | errors.StreamReset)
+        ):
+            return False
+        with trio.move_on_after(RESUME_S):
+            try:
+                await self._move(leg, leg.node)
+                return True
+            except errors.PeerFailed as reason:
+                logger.info("not resumed where it was: %s", reason)
+            for node in await self._find_nodes():  # it may be somewhere else by now
+                if node.peer_id == leg.node.peer_id and node.addresses != leg.node.addresses:
+                    try:
+                        await self._move(leg, node)
+                        return True
+                    except errors.PeerFailed as reason:
+                        logger.info("not resumed at its new place: %s", reason)
+        return False
+
+    async def _leave_relays(self) -> None:
+        """Move what goes through a relay, and need not any more."""
+        for leg in self._legs:
+            if leg.connection.relayed and leg.token is not None:
+                best = self._host.swarm.connection(leg.lane.peer_id)
+                if best is not None and not best.relayed:
+                    try:
+                        await self._move(leg, leg.node)
+                    except errors.PeerFailed as error:
+                        logger.info("goes on through the relay: %s", error)
+
+    async def _move(self, leg: _Leg, node: NodeAnnouncement) -> None:
+        """Go on with a node's session over another stream.
+
+        Raises:
+            PeerFailed: it cannot be had; the leg is as it was.
+        """
+        if leg.token is None:
+            raise errors.PeerFailed(node.peer_id, "keeps no sessions")
+        lane, connection = await self._open_lane(node, RESUME_S)
+        try:
+            await self._call(lane, "resume", Message(header={"token": leg.token}), RESUME_S)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await lane.aclose()
+            raise
+        old, leg.lane, leg.connection, leg.node = leg.lane, lane, connection, node
+        await old.aclose()
 
     async def _give_up_on(self, error: errors.PeerFailed) -> None:
         if isinstance(error.peer_id, PeerId):
@@ -223,12 +303,14 @@ class Session:
         """One piece through the chain; through another one when a node fails."""
         for _ in range(MAX_REPLACEMENTS):
             try:
-                if not self._lanes:
+                if not self._legs:
                     await self._open_chain(piece.hidden.shape[0])
+                await self._leave_relays()
                 return await self._through_chain(piece)
             except errors.PeerFailed as error:
-                logger.warning("replacing a node: %s", error)
-                await self._give_up_on(error)
+                if not await self._resume(error):
+                    logger.warning("replacing a node: %s", error)
+                    await self._give_up_on(error)
             except BaseException:  # refused or cancelled half-way: the hops may be at different positions
                 with trio.CancelScope(shield=True):
                     await self.aclose()
@@ -239,7 +321,8 @@ class Session:
 
     async def _through_chain(self, piece: _Piece) -> torch.Tensor:
         hidden = piece.hidden
-        for lane in self._lanes:
+        for leg in self._legs:
+            lane = leg.lane
             dtype, shape, data = to_wire(hidden)
             message = Message(
                 header={"position": piece.position}, tensors=[Tensor(dtype=dtype, shape=shape, data=data)]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
@@ -18,7 +21,9 @@ from net.host import Host, open_host
 from net.identity import Identity, PeerId
 from net.nurseries import open_service_nursery
 from net.ping import ping_once
+from net.presence import run_presence
 from net.protocol.announcement import DIRECTORY, KIND, NodeAnnouncement, read_all
+from net.security.swarm_key import SwarmKey
 
 if TYPE_CHECKING:
     from client.models.bloom import DistributedBloomForCausalLM
@@ -167,18 +172,22 @@ class AsyncSwarm:
 
 
 @asynccontextmanager
-async def open_swarm(bootstrap: str | Sequence[str], *, timeout_s: float = 10.0) -> AsyncIterator[AsyncSwarm]:
+async def open_swarm(
+    bootstrap: str | Sequence[str], *, timeout_s: float = 10.0, swarm_key: str | PathLike[str] | None = None
+) -> AsyncIterator[AsyncSwarm]:
     """See ``client.open_swarm``."""
     texts = _spelled(bootstrap)
     _check_timeout(timeout_s)
     peers = [addresses.parse_peer(text) for text in texts]
-    async with open_host(Identity.generate()) as host, open_service_nursery() as nursery:
+    key = None if swarm_key is None else SwarmKey.load(Path(swarm_key))
+    async with open_host(Identity.generate(), swarm_key=key) as host, open_service_nursery() as nursery:
         dht = Dht(host, server=False)
         with trio.move_on_after(timeout_s) as scope:
             await dht.join(peers)
         if scope.cancelled_caught:
             raise errors.DialError(f"no node of the swarm answered within {timeout_s:g} s at {', '.join(texts)}")
         await nursery.start(dht.run)
+        await nursery.start(partial(run_presence, host, dht, bootstrap=peers, is_server=False))
         yield AsyncSwarm(host, dht)
         nursery.cancel_scope.cancel()
 

@@ -22,7 +22,7 @@ MAX_BLOCKS = 1024  # the most that an announcement can name
 MAX_CACHE_TOKENS = 2**30  # far more than fit into memory
 MAX_LENGTH_TOKENS = 2**20  # what the session protocol can ask for
 MAX_THREADS = 256  # far more than help; torch falls over at some thousands
-DEFAULT_LISTEN = "/ip4/0.0.0.0/tcp/0"
+DEFAULT_LISTEN = ("/ip4/0.0.0.0/tcp/0", "/ip4/0.0.0.0/udp/0/quic-v1")
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -88,6 +88,7 @@ def run_serve(options: argparse.Namespace) -> int:
     from compute.node import Node, NodeSettings
     from net.dht.service import Dht
     from net.nurseries import open_service_nursery
+    from net.presence import run_presence
 
     bootstrap = console.bootstrap_addresses(options)
     listen = console.listen_addresses(options)
@@ -103,14 +104,19 @@ def run_serve(options: argparse.Namespace) -> int:
 
     async def serve(host: Host) -> None:
         dht = Dht(host, server=True)
-        await dht.join(bootstrap)
         async with open_service_nursery() as nursery:
+            mapper = console.port_mapper(options)
+            await nursery.start(partial(run_presence, host, dht, bootstrap=bootstrap, mapper=mapper))
+            if (mdns := console.mdns(options, host)) is not None:
+                await nursery.start(mdns.run)
+            await dht.join(bootstrap)
             await nursery.start(dht.run)
             offer = await _start(nursery, Node(host, dht, checkpoint, settings), checkpoint.name)
             _tell(offer, [str(address) for address in host.peer_addresses], as_json=options.json)
 
     identity = console.node_identity(options, "serve")
-    console.run_host(serve, identity, listen=listen, until_eof=options.until_eof)
+    key = console.swarm_key(options)
+    console.run_host(serve, identity, listen=listen, until_eof=options.until_eof, swarm_key=key)
     return 0
 
 

@@ -7,6 +7,7 @@ time (the lower PeerId keeps it), load, look again, measure, announce as ``onlin
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,8 +23,9 @@ from compute.placement import choose_span
 from compute.tensors import from_wire, to_wire
 from net.dht import keys
 from net.dht.service import Dht
-from net.errors import RpcError
+from net.errors import ConnectionLost, RpcError, StreamReset
 from net.host import Host
+from net.identity import PeerId
 from net.mux.base import Stream
 from net.nurseries import open_service_nursery
 from net.protocol import session as wire
@@ -39,6 +41,7 @@ DTYPE = "float32"
 SESSION_IDLE_S = 600.0  # a session nobody uses
 RETRY_AFTER_S = 1.0
 PLACEMENT_ROUNDS = 5
+MAX_LEFT_PER_PEER = 4  # sessions that wait to be resumed
 REASK_CODES = {"busy", "out-of-cache"}
 
 
@@ -49,10 +52,12 @@ class NodeSettings:
     Attributes:
         span: blocks [start, end); None for what the swarm lacks most.
         max_blocks: the most to take when ``span`` is None.
+        resume_s: how long a session whose stream broke waits for its client to come back another way.
     """
 
     span: tuple[int, int] | None = None
     max_blocks: int | None = None
+    resume_s: float = 15.0
     engine: EngineSettings = field(default_factory=EngineSettings)
 
 
@@ -66,6 +71,7 @@ class Node:
         self._settings = settings
         self._engine: Engine | None = None
         self.announcement: NodeAnnouncement | None = None
+        self.held: dict[bytes, _Held] = {}  # sessions by token
 
     @property
     def stats(self) -> tuple[int, int]:
@@ -92,6 +98,7 @@ class Node:
             engine = self._engine = Engine(span, self._settings.engine)
             async with open_service_nursery() as nursery:
                 await nursery.start(engine.run)
+                nursery.start_soon(self._sweep)
                 speed = await engine.measure()
                 self._host.handle(wire.PROTOCOL_ID, self._serve)
                 self.announcement = self._offer(span.start, span.end, weights=span.digest, speed=speed, state="online")
@@ -170,6 +177,8 @@ class Node:
         if self._engine is not None:
             stats = self._engine.stats
             offer = replace(offer, cache_tokens_left=stats.cache_max_tokens - stats.cache_used_tokens)
+        # Where and how we are reached is found out while we serve, and changes.
+        offer = replace(offer, addresses=tuple(self._host.addresses), reachability=self._host.reachability)
         return offer.to_body()
 
     def _offer(self, start: int, end: int, *, weights: str, speed: float, state: str) -> NodeAnnouncement:
@@ -188,22 +197,45 @@ class Node:
             max_length=self._settings.engine.max_length_tokens,
             state=state,
             agent=f"raceme/{VERSION}",
+            reachability=self._host.reachability,
         )
 
     # What we answer
 
     async def _serve(self, connection: Connection, stream: Stream) -> None:
-        session = _NodeSession(self)
+        session = _NodeSession(self, connection.peer_id)
+        methods = {"open": session.open, "resume": session.resume, "step": session.step}
+        broken = False
         try:
-            await lane.serve(
-                stream,
-                connection.peer_id,
-                {"open": session.open, "step": session.step},
-                idle_s=SESSION_IDLE_S,
-            )
+            await lane.serve(stream, connection.peer_id, methods, idle_s=SESSION_IDLE_S)
+        except (ConnectionLost, StreamReset):
+            broken = True
+            raise
         finally:
             with trio.CancelScope(shield=True):
-                await session.close()
+                await session.end(broken=broken)
+
+    # Sessions
+
+    async def keep(self, held: _Held) -> None:
+        """Leave a session whose stream broke for ``resume_s``; of one peer's, the newest few."""
+        held.holder = None
+        held.left_at = trio.current_time()
+        left = [each for each in self.held.values() if each.holder is None and each.peer_id == held.peer_id]
+        for oldest in sorted(left, key=lambda each: each.left_at)[:-MAX_LEFT_PER_PEER]:
+            await self.free(oldest)
+
+    async def free(self, held: _Held) -> None:
+        if self.held.pop(held.token, None) is not None:
+            await self.engine.close_session(held.session_id)
+
+    async def _sweep(self) -> None:
+        """Free what nobody came back for."""
+        while True:
+            await trio.sleep(self._settings.resume_s / 4)
+            for held in list(self.held.values()):
+                if held.holder is None and trio.current_time() - held.left_at >= self._settings.resume_s:
+                    await self.free(held)
 
     @property
     def engine(self) -> Engine:
@@ -222,42 +254,73 @@ class Node:
             raise RpcError("wrong-span", f"this node serves blocks {offer.start} to {offer.end}")
 
 
-class _NodeSession:
-    """The node's side of one session: as long as its stream."""
+@dataclass(kw_only=True, eq=False)
+class _Held:
+    """A session that the engine has, and the stream that it belongs to; None while it waits to be resumed."""
 
-    def __init__(self, node: Node) -> None:
+    session_id: int
+    peer_id: PeerId
+    token: bytes
+    holder: _NodeSession | None
+    left_at: float = 0.0
+
+
+class _NodeSession:
+    """The node's side of one stream."""
+
+    def __init__(self, node: Node, peer_id: PeerId) -> None:
         self._node = node
-        self._id: int | None = None
+        self._peer_id = peer_id
+        self._held: _Held | None = None
 
     async def open(self, message: Message) -> Message:
-        if self._id is not None:
+        if self._held is not None:
             raise RpcError("bad-input", "the session is open already")
         request = wire.Open.from_fields(message.header)
         self._node.check_open(request)
         engine = self._node.engine
         with _refusals():
-            self._id = await engine.open_session(
+            session_id = await engine.open_session(
                 batch=request.batch, max_length=request.max_length, start=request.start, end=request.end
             )
+        token = secrets.token_bytes(wire.TOKEN_BYTES)
+        self._held = _Held(session_id=session_id, peer_id=self._peer_id, token=token, holder=self)
+        self._node.held[token] = self._held
         stats = engine.stats
-        return Message(header={"cache_tokens_left": stats.cache_max_tokens - stats.cache_used_tokens})
+        return Message(header={"cache_tokens_left": stats.cache_max_tokens - stats.cache_used_tokens, "token": token})
+
+    async def resume(self, message: Message) -> Message:
+        """Take over a session of the same peer from a stream that broke, or that the peer wants to leave."""
+        if self._held is not None:
+            raise RpcError("bad-input", "the session is open already")
+        held = self._node.held.get(wire.read_token(message.header))
+        if held is None or held.peer_id != self._peer_id:
+            raise RpcError("no-session", "there is no such session (any more)")
+        held.holder = self
+        self._held = held
+        return Message(header={})
 
     async def step(self, message: Message) -> Message:
-        if self._id is None:
+        held = self._held
+        if held is None:
             raise RpcError("bad-input", "no session is open on this stream")
+        if held.holder is not self or held.token not in self._node.held:
+            raise RpcError("no-session", "the session went on over another stream")
         if len(message.tensors) != 1:
             raise RpcError("bad-input", f"a step carries one tensor, not {len(message.tensors)}")
         position = wire.read_position(message.header)
         tensor = message.tensors[0]
         with _refusals():
             hidden = from_wire(tensor.dtype, tensor.shape, tensor.data)
-            result = await self._node.engine.step(self._id, hidden, position)
+            result = await self._node.engine.step(held.session_id, hidden, position)
         dtype, shape, data = to_wire(result)
         return Message(header={}, tensors=[Tensor(dtype=dtype, shape=shape, data=data)])
 
-    async def close(self) -> None:
-        if self._id is not None:
-            await self._node.engine.close_session(self._id)
+    async def end(self, *, broken: bool) -> None:
+        """The stream is over; what broke may be resumed."""
+        held = self._held
+        if held is not None and held.holder is self:
+            await (self._node.keep(held) if broken else self._node.free(held))
 
 
 @contextmanager

@@ -1,22 +1,24 @@
-"""Our host against go-libp2p and js-libp2p: echo, ping and identify over every transport and security."""
+"""Our host against go-libp2p and js-libp2p: echo, ping and identify over every transport and security,
+and echo and ping through relays, every role played by each that can."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
 import trio
 
-from interop import suite
+from interop import relays, suite
 from interop.peers.base import Driver
 from interop.peers.go import GoDriver
 from interop.peers.js import JsDriver
 from tests.bench import report
 
 DRIVERS: dict[str, Driver] = {driver.name: driver for driver in (GoDriver(), JsDriver())}
-COLUMNS = "{:<5} {:<4} {:<6} {:<10} {:>12} {:>9}  {}"
+COLUMNS = "{:<5} {:<7} {:<6} {:<10} {:>12} {:>9}  {}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ async def _run(options: Options) -> list[suite.Result]:
     print(COLUMNS.format(*heading).rstrip(), file=out, flush=True)
     results: list[suite.Result] = []
     drivers = [DRIVERS[name] for name in options.names]
-    async with aclosing(suite.run(drivers, echo_bytes=options.echo_bytes)) as coming:
+    async with aclosing(_all(drivers, options)) as coming:
         async for result in coming:
             results.append(result)
             echo = "-" if result.echo_s is None else f"{result.echo_s:.2f} s"
@@ -61,6 +63,15 @@ async def _run(options: Options) -> list[suite.Result]:
             cells = (result.peer, result.transport, result.security, result.direction, echo, ping, verdict)
             print(COLUMNS.format(*cells), file=out, flush=True)
     return results
+
+
+async def _all(drivers: list[Driver], options: Options) -> AsyncGenerator[suite.Result, None]:
+    async with aclosing(suite.run(drivers, echo_bytes=options.echo_bytes)) as coming:
+        async for result in coming:
+            yield result
+    async with aclosing(relays.run(drivers)) as coming:
+        async for result in coming:
+            yield result
 
 
 def _show_json(results: list[suite.Result], options: Options) -> None:

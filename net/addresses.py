@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ifaddr
@@ -15,10 +16,16 @@ from net.identity import PeerId
 __all__ = [
     "Multiaddr",
     "PeerAddress",
+    "beside",
     "host_port",
     "ip_group",
+    "is_relayed",
     "parse",
     "parse_peer",
+    "quic",
+    "quic_host_port",
+    "relay_of",
+    "relayed_by",
     "spell_out",
     "tcp",
     "websocket_host_port",
@@ -26,6 +33,7 @@ __all__ = [
 
 EXAMPLE = "/ip4/203.0.113.7/tcp/4001/p2p/12D3Koo..."
 MAX_ADDRESS_CHARACTERS = 1024
+CIRCUIT = "/p2p-circuit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +88,11 @@ def websocket_host_port(address: Multiaddr) -> tuple[str, int] | None:
     return _host_port(address, ["tcp", "ws"])
 
 
+def quic_host_port(address: Multiaddr) -> tuple[str, int] | None:
+    """The host and UDP port of ``/ip4|ip6|dns*/HOST/udp/PORT/quic-v1``; None for anything else."""
+    return _host_port(address, ["udp", "quic-v1"])
+
+
 def _host_port(address: Multiaddr, protocols: list[str]) -> tuple[str, int] | None:
     parts = [(protocol.name, value) for protocol, value in address.items()]
     if [name for name, _ in parts[1:]] != protocols:
@@ -97,6 +110,25 @@ def tcp(host: str, port: int) -> Multiaddr:
     return Multiaddr(f"/{kind}/{host}/tcp/{port}")
 
 
+def quic(host: str, port: int) -> Multiaddr:
+    """The multiaddr of a numeric host and a UDP port that speaks QUIC v1."""
+    host = host.partition("%")[0]
+    kind = "ip6" if ":" in host else "ip4"
+    return Multiaddr(f"/{kind}/{host}/udp/{port}/quic-v1")
+
+
+def beside(address: Multiaddr, bound: Sequence[Multiaddr]) -> Multiaddr | None:
+    """``address``, which leaves its UDP port open, with the number of a TCP port bound at the same IP.
+
+    One number is easier to remember, and to forward through a router, than two. None: there is no such.
+    """
+    where = quic_host_port(address)
+    if where is None or where[1] != 0:
+        return None
+    ports = [found[1] for found in map(host_port, bound) if found is not None and found[0] == where[0]]
+    return quic(where[0], ports[0]) if ports else None
+
+
 def ip_group(address: Multiaddr) -> str | None:
     """What one household can have many of: the IPv4 address or the IPv6 /56. None where limits do not apply.
 
@@ -112,6 +144,27 @@ def ip_group(address: Multiaddr) -> str | None:
             prefix = 32 if ip.version == 4 else 56
             return str(ipaddress.ip_network(f"{ip}/{prefix}", strict=False))
     return None
+
+
+def is_relayed(address: Multiaddr) -> bool:
+    """Whether it leads through a relay: ``.../p2p/RELAY/p2p-circuit``."""
+    return CIRCUIT in str(address)
+
+
+def relayed_by(relay: PeerAddress) -> Multiaddr:
+    """Where a relay's circuits begin, without ``/p2p/...`` of whom they lead to."""
+    return Multiaddr(f"{relay}{CIRCUIT}")
+
+
+def relay_of(address: Multiaddr) -> PeerAddress | None:
+    """The relay that an address of ``relayed_by``'s form names; None for all else, a relay behind a relay included."""
+    where, found, rest = str(address).partition(CIRCUIT)
+    if not found or rest:
+        return None
+    try:
+        return parse_peer(where)
+    except AddressError:
+        return None
 
 
 def spell_out(address: Multiaddr) -> list[Multiaddr]:

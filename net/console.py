@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from net.addresses import Multiaddr, PeerAddress
     from net.host import Host
     from net.identity import Identity
+    from net.mdns import Mdns
+    from net.nat.mapping import PortMapper
+    from net.security.swarm_key import SwarmKey
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -48,7 +51,7 @@ def add_bootstrap(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_node(parser: argparse.ArgumentParser, listen: str, explained: str = "") -> None:
+def add_node(parser: argparse.ArgumentParser, listen: Sequence[str], explained: str = "") -> None:
     """Options of what others connect to; ``node_identity`` and ``listen_addresses`` read them.
 
     Args:
@@ -60,7 +63,7 @@ def add_node(parser: argparse.ArgumentParser, listen: str, explained: str = "") 
         "--listen",
         metavar="MULTIADDR",
         action="append",
-        help=f"where to accept connections; may be repeated (default: {listen}{explained})",
+        help=f"where to accept connections; may be repeated (default: {' and '.join(listen)}{explained})",
     )
     parser.add_argument(
         "--identity",
@@ -71,7 +74,31 @@ def add_node(parser: argparse.ArgumentParser, listen: str, explained: str = "") 
     parser.add_argument(
         "--until-eof", action="store_true", help="end also when standard input ends, as a program's child should"
     )
+    parser.add_argument(
+        "--no-mdns", action="store_true", help="neither announce this node in its own network nor look for others there"
+    )
+    add_port_mapping(parser)
+    add_swarm_key(parser)
     parser.set_defaults(default_listen=listen)
+
+
+def add_swarm_key(parser: argparse.ArgumentParser) -> None:
+    """The option that ``swarm_key`` reads."""
+    parser.add_argument(
+        "--swarm-key",
+        type=Path,
+        metavar="FILE",
+        help="the key of a private swarm, which all of its nodes and clients have; nobody else can connect",
+    )
+
+
+def add_port_mapping(parser: argparse.ArgumentParser) -> None:
+    """The option that ``port_mapper`` reads."""
+    parser.add_argument(
+        "--no-port-mapping",
+        action="store_true",
+        help="do not ask the router (by UPnP, NAT-PMP or PCP) to let others in",
+    )
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:
@@ -197,7 +224,9 @@ def listen_addresses(options: argparse.Namespace) -> list[Multiaddr]:
     """
     from net import addresses
 
-    found = [addresses.parse(text) for text in options.listen or [options.default_listen]]
+    # What a private swarm cannot have is left out of what we choose ourselves, not of what somebody asks for.
+    default = [text for text in options.default_listen if options.swarm_key is None or "/quic" not in text]
+    found = [addresses.parse(text) for text in options.listen or default]
     for address in found:
         where, named, _ = str(address).partition("/p2p/")
         if named:
@@ -206,6 +235,31 @@ def listen_addresses(options: argparse.Namespace) -> list[Multiaddr]:
                 f"(who this is comes from --identity)"
             )
     return found
+
+
+def swarm_key(options: argparse.Namespace) -> SwarmKey | None:
+    """What ``--swarm-key`` names.
+
+    Raises:
+        IdentityError: it cannot be used.
+    """
+    from net.security.swarm_key import SwarmKey
+
+    return None if options.swarm_key is None else SwarmKey.load(options.swarm_key)
+
+
+def mdns(options: argparse.Namespace, host: Host) -> Mdns | None:
+    """What looks for peers of the same network, unless ``--no-mdns`` says not to."""
+    from net.mdns import Mdns
+
+    return None if options.no_mdns else Mdns(host)
+
+
+def port_mapper(options: argparse.Namespace) -> PortMapper | None:
+    """What asks the router for ports, unless ``--no-port-mapping`` says not to."""
+    from net.nat.mapping import PortMapper
+
+    return None if options.no_port_mapping else PortMapper()
 
 
 def node_identity(options: argparse.Namespace, name: str) -> Identity:
@@ -238,6 +292,7 @@ def run_host(
     *,
     listen: Sequence[Multiaddr] = (),
     until_eof: bool = False,
+    swarm_key: SwarmKey | None = None,
 ) -> None:
     """Open a host and run ``work`` on it, until it ends, or SIGINT or SIGTERM comes, or standard input ends.
 
@@ -248,6 +303,7 @@ def run_host(
         identity: the host's.
         listen: where it accepts connections.
         until_eof: whether the end of standard input counts as a signal.
+        swarm_key: of a private swarm.
     """
     import trio
 
@@ -274,7 +330,10 @@ def run_host(
             await watchers.start(watch_signals, stop, watchers.cancel_scope)
             if until_eof:
                 watchers.start_soon(watch_stdin, stop)
-            async with open_host(identity, listen=listen) as host, open_service_nursery() as nursery:
+            async with (
+                open_host(identity, listen=listen, swarm_key=swarm_key) as host,
+                open_service_nursery() as nursery,
+            ):
 
                 async def cancel_on_stop() -> None:
                     await stop.wait()

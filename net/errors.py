@@ -48,8 +48,20 @@ class RecordError(NetError):
     """A signed record that must not be believed; the text says why."""
 
 
+class StaleRecord(RecordError):
+    """A record that is good but for its time, which differs from our clock's by ``ahead_s``."""
+
+    def __init__(self, message: str, ahead_s: float) -> None:
+        super().__init__(message)
+        self.ahead_s = ahead_s
+
+
 class DialError(NetError):
     """No connection could be made."""
+
+
+class ReservationRefused(NetError):
+    """A relay gives us no reservation, or one that is not to be believed."""
 
 
 class PeerIdMismatch(DialError):

@@ -24,9 +24,12 @@ from net.nurseries import open_service_nursery
 from net.peerstore import Peerstore
 from net.security.base import Security
 from net.security.noise import NoiseSecurity
+from net.security.swarm_key import SwarmKey
 from net.security.tls import TlsSecurity
 from net.swarm import Connection, Swarm
-from net.transports.base import Transport
+from net.transports.base import HostedTransport, Transport
+from net.transports.circuit import CircuitTransport
+from net.transports.quic import QuicTransport
 from net.transports.tcp import TcpTransport
 from net.transports.websocket import WebSocketTransport
 
@@ -47,12 +50,17 @@ class Host:
         transports: Sequence[Transport],
         securities: Sequence[Security],
         limits: Limits,
+        swarm_key: SwarmKey | None = None,
     ) -> None:
         self.identity = identity
         self.peer_id: PeerId = identity.peer_id
         self.limits = limits
         self.peerstore = Peerstore()
         self.listening: list[Multiaddr] = []
+        # What is told to others of the addresses below: everything, until ``net.nat.reachability`` knows better.
+        self.review: Callable[[list[Multiaddr]], list[Multiaddr]] = list
+        self.reachability = "unknown"  # a word of ``net.nat.reachability.Kind``, which keeps it up to date
+        self.relayed: list[Multiaddr] = []  # where we have reservations, kept by ``net.relay.client``
         self._handlers: dict[str, Handler] = {}
         self.swarm = Swarm(
             identity,
@@ -60,11 +68,17 @@ class Host:
             securities=securities,
             limits=limits,
             on_stream=self._on_stream,
+            swarm_key=swarm_key,
         )
 
     @property
     def addresses(self) -> list[Multiaddr]:
-        """Where others can dial us, wildcards spelled out, best first; without ``/p2p/...``."""
+        """Where others can dial us, best first, through relays last; without ``/p2p/...``."""
+        return [*self.review(self.own_addresses), *self.relayed]
+
+    @property
+    def own_addresses(self) -> list[Multiaddr]:
+        """Where this machine listens, wildcards spelled out, whoever can reach that."""
         return [spelled for bound in self.listening for spelled in addresses.spell_out(bound)]
 
     @property
@@ -81,6 +95,10 @@ class Host:
         if protocol_id in self._handlers:
             raise errors.LocalProtocolError(f"{protocol_id} has a handler already")
         self._handlers[protocol_id] = handler
+
+    def unhandle(self, protocol_id: str) -> None:
+        """Do not speak it any more; streams that are being served go on."""
+        self._handlers.pop(protocol_id, None)
 
     async def connect(self, peer_id: PeerId, known: Iterable[Multiaddr] = ()) -> Connection:
         """A connection to the peer, at ``known`` addresses or those in the peerstore.
@@ -116,7 +134,11 @@ class Host:
 
     async def open_stream(self, peer_id: PeerId, protocols: Sequence[str], known: Iterable[Multiaddr] = ()) -> Stream:
         """As ``stream``, for those who keep it: the caller closes or resets it."""
-        connection = await self.connect(peer_id, known)
+        return await self.open_stream_over(await self.connect(peer_id, known), protocols)
+
+    async def open_stream_over(self, connection: Connection, protocols: Sequence[str]) -> Stream:
+        """As ``open_stream``, over this very connection, whatever others there are to its peer."""
+        peer_id = connection.peer_id
         stream = connection.mux.open_stream()
         try:
             with trio.move_on_after(self.limits.negotiate_s) as scope:
@@ -133,7 +155,10 @@ class Host:
         try:
             with trio.fail_after(self.limits.negotiate_s):
                 protocol = await multistream.answer(stream, self._handlers)
-            await self._handlers[protocol](connection, stream)
+            handler = self._handlers.get(protocol)
+            if handler is None:  # no longer since it was agreed on
+                raise errors.ProtocolNotSupported(f"{protocol} is not spoken any more")
+            await handler(connection, stream)
             await stream.aclose()
         except (errors.NetError, trio.TooSlowError, trio.ClosedResourceError) as error:
             logger.debug("stream from %s: %s", connection.peer_id, error)
@@ -146,6 +171,11 @@ class Host:
             stream.reset()
 
 
+def _transports(identity: Identity, swarm_key: SwarmKey | None) -> Sequence[Transport]:
+    quic = () if swarm_key is not None else (QuicTransport(identity),)
+    return (TcpTransport(), WebSocketTransport(), *quic, CircuitTransport())
+
+
 @asynccontextmanager
 async def open_host(
     identity: Identity,
@@ -154,25 +184,31 @@ async def open_host(
     transports: Sequence[Transport] | None = None,
     securities: Sequence[Security] | None = None,
     limits: Limits | None = None,
+    swarm_key: SwarmKey | None = None,
 ) -> AsyncIterator[Host]:
     """A running host, until the block ends.
 
     Args:
         identity: who we are.
         listen: addresses to accept connections on; none for a host that only dials.
-        transports: ways to connect; TCP, then WebSocket by default.
+        transports: ways to connect; TCP, WebSocket, QUIC and relays by default.
         securities: secure channels in order of preference; Noise, then TLS by default. There is no plaintext.
         limits: budgets.
+        swarm_key: for a private swarm: nobody without this key is heard. Without QUIC, which has no place for it.
 
     Raises:
         AddressError: an address cannot be listened on.
     """
     host = Host(
         identity,
-        transports=(TcpTransport(), WebSocketTransport()) if transports is None else transports,
+        transports=_transports(identity, swarm_key) if transports is None else transports,
         securities=(NoiseSecurity(identity), TlsSecurity(identity)) if securities is None else securities,
         limits=limits or Limits(),
+        swarm_key=swarm_key,
     )
+    for transport in host.swarm.transports:
+        if isinstance(transport, HostedTransport):
+            transport.attach(host)
     from net.identify import serve_identify
     from net.ping import serve_ping
 
@@ -181,4 +217,5 @@ async def open_host(
     async with open_service_nursery() as nursery:
         host.listening = await nursery.start(host.swarm.run, listen)
         yield host
+        await host.swarm.leave_circuits()
         nursery.cancel_scope.cancel()

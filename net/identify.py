@@ -13,9 +13,9 @@ from libp2p.crypto.serialization import deserialize_public_key
 from libp2p.identity.identify.pb.identify_pb2 import Identify
 
 import net.version
-from net import errors
+from net import delimited, errors
 from net.identity import PeerId
-from net.io import receive_exactly, send
+from net.io import send
 from net.mux.base import Stream
 from net.swarm import Connection
 
@@ -38,7 +38,7 @@ def serve_identify(host: Host) -> None:
             observed_addr=connection.remote.to_bytes(),
             protocols=host.protocols,
         ).SerializeToString()
-        await send(stream, _varint(len(message)) + message)
+        await send(stream, delimited.frame(message))
 
     host.handle(PROTOCOL_ID, answer)
 
@@ -51,11 +51,22 @@ async def identify(host: Host, peer_id: PeerId) -> Identify:
         PeerFailed: no message in ``IDENTIFY_S``.
         DialError, ConnectionLost, StreamReset: there is no connection (any more).
     """
-    async with host.stream(peer_id, [PROTOCOL_ID]) as stream:
+    return await identify_over(host, await host.connect(peer_id))
+
+
+async def identify_over(host: Host, connection: Connection) -> Identify:
+    """As ``identify``, over this very connection: where the peer sees us belongs to its ends."""
+    peer_id = connection.peer_id
+    stream = await host.open_stream_over(connection, [PROTOCOL_ID])
+    try:
         with trio.move_on_after(IDENTIFY_S) as scope:
-            data = await _receive_message(stream)
+            data = await delimited.receive(stream, MAX_MESSAGE_BYTES, "an identify message")
         if scope.cancelled_caught:
             raise errors.PeerFailed(peer_id, f"did not identify itself in {IDENTIFY_S:g} s")
+    except BaseException:
+        stream.reset()
+        raise
+    await stream.aclose()
     message = Identify()
     try:
         message.ParseFromString(data)
@@ -68,24 +79,3 @@ async def identify(host: Host, peer_id: PeerId) -> Identify:
     if owner != peer_id:
         raise errors.RemoteProtocolError(f"{peer_id} identified itself with the key of {owner}")
     return message
-
-
-async def _receive_message(stream: Stream) -> bytes:
-    length = shift = 0
-    while True:
-        byte = (await receive_exactly(stream, 1))[0]
-        length |= (byte & 127) << shift
-        shift += 7
-        if length > MAX_MESSAGE_BYTES or shift > 21:
-            raise errors.RemoteProtocolError(f"an identify message of more than {MAX_MESSAGE_BYTES} bytes")
-        if byte < 128:
-            return await receive_exactly(stream, length)
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value >= 128:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
-    return bytes(out)

@@ -1,12 +1,13 @@
 """Which of a peer's connections is used, and which connections are let go. No I/O.
 
 Two peers that dial each other at once have two connections for a moment. Both use the same one, and the peer with the
-lower PeerId closes the other when its streams have ended: were both to decide, they might each close one.
+lower PeerId closes the other when its streams have ended: were both to decide, they might each close one. A direct
+connection is used rather than one through a relay, whichever is older, so that new streams move to it at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
 from net.identity import PeerId
@@ -21,8 +22,9 @@ FULL, EASED = 0.9, 0.8  # of the connections allowed: where letting go begins, a
 
 
 def preferred(connections: Sequence[Connection], me: PeerId) -> Connection:
-    """The one that both sides use: the newest, since whoever dialled it knew of no other that works; of those that
-    were dialled at once, the lower PeerId's."""
+    """The one that both sides use: a direct one, if there is any; of these the newest, since whoever dialled it knew of
+    no other that works; of those that were dialled at once, the lower PeerId's."""
+    connections = [each for each in connections if not each.relayed] or connections
     newest = max(connection.since for connection in connections)
     recent = [connection for connection in connections if newest - connection.since < SIMULTANEOUS_S]
     return min(recent, key=lambda connection: (_dialler(connection, me), -connection.since))
@@ -39,11 +41,15 @@ def superfluous(connections: Sequence[Connection], me: PeerId) -> list[Connectio
     return [each for each in connections if each is not best and not each.mux.open_streams]
 
 
-def prunable(connections: Sequence[Connection], limits: Limits, now: float) -> list[Connection]:
-    """Idle connections to close when nearly all that are allowed are open, the longest unused first."""
+def prunable(
+    connections: Sequence[Connection], limits: Limits, now: float, kept: Sequence[Container[PeerId]] = ()
+) -> list[Connection]:
+    """Idle connections to close when nearly all that are allowed are open, the longest unused first; none with those
+    who are in one of ``kept``."""
     if len(connections) <= FULL * limits.connections:
         return []
     idle = [each for each in connections if not each.mux.open_streams and now - each.mux.used_at >= GRACE_S]
+    idle = [each for each in idle if not any(each.peer_id in some for some in kept)]
     idle.sort(key=lambda connection: connection.mux.used_at)
     return idle[: len(connections) - int(EASED * limits.connections)]
 

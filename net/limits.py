@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from net.addresses import Multiaddr, ip_group
+from net.addresses import Multiaddr, ip_group, relay_of
 from net.errors import LimitExceeded
 from net.identity import PeerId
 
@@ -23,12 +23,16 @@ class Limits:
     connections: int = 1000
     connections_per_peer: int = 8
     connections_per_ip_group: int = 8
+    # Through one relay, which carries strangers from anywhere: their IPs are not known, and its own says nothing of
+    # them. Inbound they come through relays of our choice alone, of which there are few. Ours.
+    connections_per_relay: int = 64
     handshakes: int = 128  # connections whose peer is not known yet; ours
     inbound_streams_per_connection: int = 256
     handshake_s: float = 15.0
     negotiate_s: float = 10.0
     dial_s: float = 4.0  # one address; ours
     dial_stagger_s: float = 0.1  # between the starts of two addresses of one peer; ours
+    relay_delay_s: float = 0.5  # before a relayed address, behind direct ones
 
 
 class ConnectionCounts:
@@ -45,12 +49,14 @@ class ConnectionCounts:
         """Hold one slot for a connection from or to ``remote``.
 
         Raises:
-            LimitExceeded: no slot is left in all, or for the address's IP group.
+            LimitExceeded: no slot is left in all, or for the address's IP group, or for the relay it leads through.
         """
-        group = ip_group(remote)
+        relay = relay_of(remote)
+        group = ip_group(remote) if relay is None else f"the relay {relay.peer_id}"
+        most = self._limits.connections_per_ip_group if relay is None else self._limits.connections_per_relay
         if self.total >= self._limits.connections:
             raise LimitExceeded(f"{self.total} connections are open, the most allowed in all")
-        if group is not None and self._groups[group] >= self._limits.connections_per_ip_group:
+        if group is not None and self._groups[group] >= most:
             raise LimitExceeded(f"{self._groups[group]} connections with {group} are open, the most allowed")
         self.total += 1
         if group is not None:

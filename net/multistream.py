@@ -31,8 +31,13 @@ async def propose(stream: trio.abc.Stream, protocols: Sequence[str]) -> str:
     """
     await send(stream, _message(HEADER) + _message(protocols[0]))
     await _receive_header(stream)
+    return await _try_each(stream, protocols, sent=1)
+
+
+async def _try_each(stream: trio.abc.Stream, protocols: Sequence[str], *, sent: int) -> str:
+    """The first of ``protocols`` that is echoed; ``sent`` of them are on their way."""
     for index, protocol in enumerate(protocols):
-        if index:
+        if index >= sent:
             await send(stream, _message(protocol))
         answer = await _receive(stream)
         if answer == protocol:
@@ -52,8 +57,30 @@ async def answer(stream: trio.abc.Stream, protocols: Collection[str]) -> str:
     """
     await send(stream, _message(HEADER))
     await _receive_header(stream)
+    return await _answer_each(stream, protocols, b"")
+
+
+async def answer_or_propose(stream: trio.abc.Stream, protocols: Sequence[str], patience_s: float) -> tuple[str, bool]:
+    """The listener's side, where the other may take itself for the listener, too: after ``patience_s`` without a
+    proposal, we propose. What was agreed, and whether we proposed it.
+
+    Raises: as ``propose`` and ``answer``.
+    """
+    await send(stream, _message(HEADER))
+    await _receive_header(stream)
+    beginning = b""
+    with trio.move_on_after(patience_s):
+        beginning = await receive_exactly(stream, 1)
+    if beginning:
+        return await _answer_each(stream, protocols, beginning), False
+    return await _try_each(stream, protocols, sent=0), True
+
+
+async def _answer_each(stream: trio.abc.Stream, protocols: Collection[str], beginning: bytes) -> str:
+    """``beginning`` is what has been read of the first proposal."""
     for _ in range(MAX_PROPOSALS):
-        proposal = await _receive(stream)
+        proposal = await _receive(stream, beginning=beginning)
+        beginning = b""
         if proposal in protocols:
             await send(stream, _message(proposal))
             return proposal
@@ -79,8 +106,8 @@ async def _receive_header(stream: trio.abc.Stream) -> None:
         raise RemoteProtocolError(f"something other than a libp2p node is there: {error}") from error
 
 
-async def _receive(stream: trio.abc.Stream, max_bytes: int = MAX_MESSAGE_BYTES) -> str:
-    length = (await receive_exactly(stream, 1))[0]
+async def _receive(stream: trio.abc.Stream, max_bytes: int = MAX_MESSAGE_BYTES, beginning: bytes = b"") -> str:
+    length = (beginning or await receive_exactly(stream, 1))[0]
     if length >= 128:
         length = length & 127 | (await receive_exactly(stream, 1))[0] << 7
     if not 0 < length <= max_bytes:

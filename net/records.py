@@ -24,7 +24,7 @@ from typing import Any
 
 from libp2p.peer.envelope import Envelope, make_unsigned, unmarshal_envelope
 
-from net.errors import RecordError, RemoteProtocolError
+from net.errors import RecordError, RemoteProtocolError, StaleRecord
 from net.identity import Identity, PeerId
 from net.rpc import packing
 
@@ -86,7 +86,7 @@ def verify(data: bytes, *, key: bytes | None = None, now_s: float | None = None)
 
     Raises:
         RecordError: too large, malformed, badly signed, signed by another than its subject or for another
-            key, or expired by more than clocks may differ.
+            key, or expired by more than clocks may differ (a ``StaleRecord``).
     """
     if len(data) > MAX_ENVELOPE_BYTES:
         raise RecordError(f"a record of {len(data)} bytes: at most {MAX_ENVELOPE_BYTES} are read")
@@ -95,7 +95,8 @@ def verify(data: bytes, *, key: bytes | None = None, now_s: float | None = None)
         raise RecordError(f"a record of {record.peer_id} that was signed for another key")
     now = time.time() if now_s is None else now_s
     if not record.issued_s - CLOCK_SKEW_S <= now <= record.issued_s + record.ttl_s + CLOCK_SKEW_S:
-        raise RecordError(f"a record of {record.peer_id} that expired, or is from the future")
+        message = f"a record of {record.peer_id} that expired, or is from the future"
+        raise StaleRecord(message, record.issued_s - now)
     return record
 
 

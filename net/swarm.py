@@ -8,14 +8,17 @@ when its connection ends.
 
 from __future__ import annotations
 
+import enum
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Container, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import zip_longest
 
 import trio
 
 from net import errors, keeping, multistream
-from net.addresses import Multiaddr
+from net.addresses import Multiaddr, beside, is_relayed
 from net.identity import Identity, PeerId
 from net.limits import ConnectionCounts, Limits
 from net.mux.base import Muxer, Stream
@@ -24,9 +27,22 @@ from net.mux.driver import PROTOCOL_ID as YAMUX
 from net.mux.driver import YamuxConnection
 from net.nurseries import open_service_nursery
 from net.security.base import SecureChannel, Security
-from net.transports.base import Arrived, MuxedConnection, RawConnection, RunningTransport, Transport
+from net.security.swarm_key import PrivateStream, SwarmKey
+from net.transports.base import (
+    Arrived,
+    MuxedConnection,
+    PunchingTransport,
+    RawConnection,
+    RunningTransport,
+    TrafficLimit,
+    Transport,
+)
 
 logger = logging.getLogger(__name__)
+
+CIRCUITS_GOODBYE_S = 1.5  # what a muxer gives its own goodbye, and a little
+
+ROLE_PATIENCE_S = 1.0  # of a dialler that plays the listener, before it plays the dialler after all
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,6 +56,13 @@ class Connection:
     outbound: bool
     mux: Muxer
     since: float  # trio's time
+    limit: TrafficLimit | None = None  # set by the relay that carries it
+    ended: trio.Event = field(default_factory=trio.Event)
+
+    @cached_property
+    def relayed(self) -> bool:
+        """Whether it goes through a relay."""
+        return is_relayed(self.remote)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -49,6 +72,15 @@ class _Dialling:
     lock: trio.Lock = field(default_factory=trio.Lock)
     tried: set[Multiaddr] = field(default_factory=set)
     failure: errors.NetError | None = None
+
+
+class _Role(enum.Enum):
+    """Who proposes and speaks first. Of two that dial each other at once, one plays the listener; peers that know an
+    older text of the specification (go-libp2p before its issue 3171) may both do so, and then one has to give in."""
+
+    DIALLER = "dialler"
+    LISTENER = "listener"
+    PUNCHED_LISTENER = "dialler that plays the listener"
 
 
 OnStream = Callable[[Connection, Stream], Awaitable[None]]
@@ -65,7 +97,9 @@ class Swarm:
         securities: Sequence[Security],
         limits: Limits,
         on_stream: OnStream,
+        swarm_key: SwarmKey | None = None,
     ) -> None:
+        self.swarm_key = swarm_key
         self._identity = identity
         self._transports = tuple(transports)
         self._securities = {security.protocol_id: security for security in securities}
@@ -75,6 +109,9 @@ class Swarm:
         self._connections: dict[PeerId, list[Connection]] = {}
         self._dialling: dict[PeerId, _Dialling] = {}
         self._handshakes = 0
+        # Peers whose connections are not let go for being idle. Whoever adds a collection bounds it.
+        self.kept: list[Container[PeerId]] = []
+        self.watchers: list[Callable[[Connection], None]] = []  # told of every new connection; must not raise
         # Connections outlive the call that dialled them, so they live here; open while ``run`` runs.
         self._nursery: trio.Nursery | None = None
 
@@ -97,12 +134,34 @@ class Swarm:
                         await nursery.start(transport.run)
                 bound: list[Multiaddr] = []
                 for address in listen:
-                    transport = self._transport_for(address)
-                    bound += await nursery.start(transport.listen, address, self._accept)
+                    bound += await self._listen(nursery, address, bound)
                 task_status.started(bound)
                 await trio.sleep_forever()
             finally:
                 self._nursery = None
+
+    async def _listen(
+        self, nursery: trio.Nursery, address: Multiaddr, bound: Sequence[Multiaddr]
+    ) -> Sequence[Multiaddr]:
+        transport = self._transport_for(address)
+        same_number = beside(address, bound)
+        if same_number is not None:
+            try:
+                found: Sequence[Multiaddr] = await nursery.start(transport.listen, same_number, self.accept)
+                return found
+            except errors.AddressError:
+                pass  # somebody else has that number
+        listened: Sequence[Multiaddr] = await nursery.start(transport.listen, address, self.accept)
+        return listened
+
+    async def leave_circuits(self) -> None:
+        """End the connections through relays, for at most about a second: their goodbyes need those to the relays."""
+        relayed = [each for each in self.connections if each.relayed]
+        for each in relayed:
+            each.mux.close()
+        with trio.move_on_after(CIRCUITS_GOODBYE_S):
+            for each in relayed:
+                await each.ended.wait()
 
     # Looking
 
@@ -113,6 +172,10 @@ class Swarm:
 
     def _alive(self, peer_id: PeerId) -> list[Connection]:
         return [entry for entry in self._connections.get(peer_id, ()) if not entry.mux.is_closed]
+
+    @property
+    def transports(self) -> Sequence[Transport]:
+        return self._transports
 
     @property
     def connections(self) -> list[Connection]:
@@ -156,8 +219,16 @@ class Swarm:
             if idle and self._dialling.get(peer_id) is dialling:
                 del self._dialling[peer_id]
 
-    async def _race(self, peer_id: PeerId, addresses: Sequence[Multiaddr]) -> Connection:
-        candidates = [address for address in dict.fromkeys(addresses) if self._can_dial(address)]
+    async def _race(
+        self,
+        peer_id: PeerId,
+        addresses: Sequence[Multiaddr],
+        role: _Role = _Role.DIALLER,
+        *,
+        at_once: bool = False,
+    ) -> Connection:
+        candidates = [address for address in dict.fromkeys(addresses) if self.can_dial(address)]
+        candidates.sort(key=is_relayed)
         if not candidates:
             offered = ", ".join(map(str, addresses)) or "none"
             raise errors.AddressError(f"peer {peer_id} has no address that can be dialled (known: {offered})")
@@ -169,7 +240,7 @@ class Swarm:
             async def attempt(address: Multiaddr, failed: trio.Event) -> None:
                 nonlocal winner
                 try:
-                    connection = await self._dial_one(peer_id, address)
+                    connection = await self._dial_one(peer_id, address, role)
                 except errors.NetError as error:
                     failures.append(error)
                     failed.set()
@@ -180,10 +251,13 @@ class Swarm:
                 else:
                     connection.mux.close()
 
-            for address in candidates:
+            for address, following in zip_longest(candidates, candidates[1:]):
                 failed = trio.Event()
                 nursery.start_soon(attempt, address, failed)
-                with trio.move_on_after(self._limits.dial_stagger_s):
+                pause_s = self._limits.dial_stagger_s
+                if following is not None and is_relayed(following) and not is_relayed(address):
+                    pause_s = self._limits.relay_delay_s
+                with trio.move_on_after(0 if at_once else pause_s):
                     await failed.wait()
         if winner is not None:
             return winner
@@ -191,14 +265,31 @@ class Swarm:
             raise failures[0]
         raise errors.DialError("; ".join(dict.fromkeys(str(failure) for failure in failures)))
 
-    async def _dial_one(self, peer_id: PeerId, address: Multiaddr) -> Connection:
+    async def _dial_one(self, peer_id: PeerId, address: Multiaddr, role: _Role = _Role.DIALLER) -> Connection:
         if self._nursery is None:
             raise errors.LocalProtocolError("the swarm is not running")
         with trio.move_on_after(self._limits.dial_s):
-            arrived = await self._transport_for(address).dial(address, peer_id)
-            connection: Connection = await self._nursery.start(self._carry, arrived, peer_id)
+            transport = self._transport_for(address)
+            if role is _Role.PUNCHED_LISTENER and isinstance(transport, PunchingTransport):
+                await transport.punch(address)
+                raise errors.DialError(f"{address}: the peer's dial has not come through")
+            arrived = await transport.dial(address, peer_id)
+            connection: Connection = await self._nursery.start(self._carry, arrived, peer_id, role)
             return connection
         raise errors.DialError(f"{address}: no answer within {self._limits.dial_s:g} s")
+
+    async def punch(self, peer_id: PeerId, addresses: Sequence[Multiaddr], *, listener: bool) -> Connection:
+        """Dial all ``addresses`` at once, as the peer dials us at this moment, whatever connections there are.
+
+        Args:
+            peer_id: whom.
+            addresses: where it may be.
+            listener: whether we play the listener, once both have dialled; the peer plays the other part.
+
+        Raises: as ``dial``.
+        Cancellation: leaves nothing open.
+        """
+        return await self._race(peer_id, addresses, _Role.PUNCHED_LISTENER if listener else _Role.DIALLER, at_once=True)
 
     async def _keep_one(self, peer_id: PeerId) -> None:
         """Close the connections with a peer that are not needed, each when nobody uses it any more."""
@@ -207,7 +298,8 @@ class Swarm:
             for connection in keeping.superfluous(self._alive(peer_id), self._identity.peer_id):
                 connection.mux.close()
 
-    def _can_dial(self, address: Multiaddr) -> bool:
+    def can_dial(self, address: Multiaddr) -> bool:
+        """Whether one of our transports is for such addresses."""
         return any(transport.can_dial(address) for transport in self._transports)
 
     def _transport_for(self, address: Multiaddr) -> Transport:
@@ -218,10 +310,10 @@ class Swarm:
 
     # Accepting
 
-    async def _accept(self, arrived: Arrived) -> None:
+    async def accept(self, arrived: Arrived) -> None:
         """One inbound connection, from its first byte to its end: the boundary for what its peer does."""
         try:
-            await self._carry(arrived, None)
+            await self._carry(arrived, None, _Role.LISTENER)
         except errors.NetError as error:
             logger.debug("inbound connection from %s: %s", arrived.remote, error)
         except Exception:  # a bug of ours: loud, but it ends this connection alone
@@ -233,6 +325,7 @@ class Swarm:
         self,
         arrived: Arrived,
         expected: PeerId | None,
+        role: _Role,
         *,
         task_status: trio.TaskStatus[Connection] = trio.TASK_STATUS_IGNORED,
     ) -> None:
@@ -241,44 +334,28 @@ class Swarm:
             with self._counts.connection(arrived.remote):
                 if isinstance(arrived, MuxedConnection):
                     muxed = arrived
+                    if self.swarm_key is not None:
+                        raise errors.DialError(f"{muxed.remote}: not under the swarm's key")
                     if expected is not None and muxed.peer_id != expected:
                         raise errors.PeerIdMismatch(expected, muxed.peer_id)
                 else:
-                    muxed = await self._upgrade(arrived, expected)
+                    muxed, role = await self._upgrade(arrived, expected, role)
                 with self._counts.peer(muxed.peer_id):
-                    await self._carry_streams(muxed, expected is not None, task_status)
+                    await self._carry_streams(muxed, role is _Role.DIALLER, task_status)
         finally:
             if isinstance(arrived, MuxedConnection):
                 arrived.mux.close()
             else:
                 await trio.aclose_forcefully(arrived.stream)
 
-    async def _upgrade(self, raw: RawConnection, expected: PeerId | None) -> MuxedConnection:
-        channel, security = await self._secure(raw, expected)
-        settings = YamuxSettings(max_inbound_streams=self._limits.inbound_streams_per_connection)
-        return MuxedConnection(
-            mux=YamuxConnection(channel, client=expected is not None, settings=settings),
-            peer_id=channel.remote_peer,
-            security=security,
-            local=raw.local,
-            remote=raw.remote,
-        )
-
-    async def _secure(self, raw: RawConnection, expected: PeerId | None) -> tuple[SecureChannel, str]:
-        if expected is None and self._handshakes >= self._limits.handshakes:
+    async def _upgrade(self, raw: RawConnection, expected: PeerId | None, role: _Role) -> tuple[MuxedConnection, _Role]:
+        if role is _Role.LISTENER and self._handshakes >= self._limits.handshakes:
             raise errors.LimitExceeded(f"{self._handshakes} handshakes are under way, the most allowed")
         self._handshakes += 1
         try:
             with trio.fail_after(self._limits.handshake_s):
-                if expected is not None:
-                    name = await multistream.propose(raw.stream, list(self._securities))
-                    channel = await self._securities[name].outbound(raw.stream, expected)
-                    await multistream.propose(channel, [YAMUX])
-                else:
-                    name = await multistream.answer(raw.stream, self._securities)
-                    channel = await self._securities[name].inbound(raw.stream)
-                    await multistream.answer(channel, [YAMUX])
-                return channel, name
+                stream = raw.stream if self.swarm_key is None else PrivateStream(raw.stream, self.swarm_key)
+                channel, security, role = await self._secure(stream, expected, role)
         except trio.TooSlowError as error:
             raise errors.DialError(
                 f"{raw.remote}: the handshake took longer than {self._limits.handshake_s:g} s"
@@ -286,9 +363,49 @@ class Swarm:
         except errors.PeerIdMismatch:
             raise
         except errors.NetError as error:
+            if self.swarm_key is not None and isinstance(error, errors.RemoteProtocolError | errors.ConnectionLost):
+                raise errors.DialError(
+                    f"{raw.remote}: the peer seems to have another swarm key than this one, or none ({error})"
+                ) from error
             raise errors.DialError(f"{raw.remote}: {error}") from error
         finally:
             self._handshakes -= 1
+        settings = YamuxSettings(max_inbound_streams=self._limits.inbound_streams_per_connection)
+        muxed = MuxedConnection(
+            mux=YamuxConnection(channel, client=role is _Role.DIALLER, settings=settings),
+            peer_id=channel.remote_peer,
+            security=security,
+            local=raw.local,
+            remote=raw.remote,
+            limit=raw.limit,
+        )
+        return muxed, role
+
+    async def _secure(
+        self, stream: trio.abc.Stream, expected: PeerId | None, role: _Role
+    ) -> tuple[SecureChannel, str, _Role]:
+        """The channel, its protocol, and the role that came of it."""
+        names = list(self._securities)
+        match role:
+            case _Role.DIALLER:
+                name = await multistream.propose(stream, names)
+            case _Role.LISTENER:
+                name = await multistream.answer(stream, names)
+            case _Role.PUNCHED_LISTENER:
+                # Should both wait, then not for equally long.
+                first = expected is None or keeping.decides(self._identity.peer_id, expected)
+                patience_s = ROLE_PATIENCE_S if first else 1.5 * ROLE_PATIENCE_S
+                name, proposed = await multistream.answer_or_propose(stream, names, patience_s)
+                role = _Role.DIALLER if proposed else _Role.LISTENER
+        if role is _Role.DIALLER and expected is not None:
+            channel = await self._securities[name].outbound(stream, expected)
+            await multistream.propose(channel, [YAMUX])
+        else:
+            channel = await self._securities[name].inbound(stream)
+            if expected is not None and channel.remote_peer != expected:
+                raise errors.PeerIdMismatch(expected, channel.remote_peer)
+            await multistream.answer(channel, [YAMUX])
+        return channel, name, role
 
     async def _carry_streams(
         self,
@@ -304,6 +421,7 @@ class Swarm:
             outbound=outbound,
             mux=muxed.mux,
             since=trio.current_time(),
+            limit=muxed.limit,
         )
 
         async def on_stream(stream: Stream) -> None:
@@ -313,13 +431,16 @@ class Swarm:
         siblings.append(connection)
         if len(siblings) > 1 and self._nursery and keeping.decides(self._identity.peer_id, connection.peer_id):
             self._nursery.start_soon(self._keep_one, connection.peer_id)
-        for idle in keeping.prunable(self.connections, self._limits, trio.current_time()):
+        for idle in keeping.prunable(self.connections, self._limits, trio.current_time(), self.kept):
             idle.mux.close()
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(connection.mux.run, on_stream)
                 task_status.started(connection)
+                for watcher in self.watchers:
+                    watcher(connection)
         finally:
+            connection.ended.set()
             siblings.remove(connection)
             if not siblings:
                 self._connections.pop(connection.peer_id, None)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import random
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -14,12 +14,14 @@ import trio
 import trio.testing
 
 from net.addresses import Multiaddr
-from net.errors import AddressError, ConnectionLost, DialError
+from net.errors import AddressError, ConnectionLost, DialError, NetError
 from net.host import open_host
+from net.identity import Identity
 from net.limits import Limits
+from net.mux.base import Muxer, Stream
 from net.security.noise import NoiseSecurity
 from net.security.tls import TlsSecurity
-from net.transports.base import Accept, Arrived, RawConnection, Transport
+from net.transports.base import Accept, Arrived, RawConnection, RunningTransport, Transport
 from tests.net_helpers import receive_all, receive_count, seeded
 
 SIZES = [0, 1, 125, 126, 65_535, 65_536, 65_537, 2_000_000]
@@ -36,13 +38,24 @@ class Rig:
         foreign: addresses of other kinds.
         nobody: an address that refuses, as long as the block lasts.
         abrupt: what a reader sees of a peer that vanished without goodbye: the end, or a broken connection.
+        babbling: somebody who answers a dial with these words; where None, one who accepts and says them.
+        make_for: in place of ``make``, of transports that need to know whose they are.
     """
 
-    make: Callable[[], Transport]
+    make: Callable[[], Transport] | None = None
     anywhere: Multiaddr
     foreign: Sequence[Multiaddr]
     nobody: Callable[[], AbstractAsyncContextManager[Multiaddr]]
     abrupt: type[trio.BrokenResourceError] | None
+    babbling: Callable[[bytes], AbstractAsyncContextManager[Multiaddr]] | None = None
+    make_for: Callable[[Identity], Transport] | None = None
+
+    def of(self, identity: Identity) -> Transport:
+        """A transport of ``identity``'s."""
+        if self.make_for is not None:
+            return self.make_for(identity)
+        assert self.make is not None
+        return self.make()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,11 +67,77 @@ class Pair:
     bound: Multiaddr
 
 
-def byte_stream(arrived: Arrived) -> RawConnection:
-    """What transports give that leave securing and muxing to the swarm."""
-    if not isinstance(arrived, RawConnection):
-        raise TypeError(f"{arrived} is no byte stream")
-    return arrived
+class MuxedStream(trio.abc.Stream):
+    """One stream of a connection that was muxed by its transport, as if it were the whole connection."""
+
+    def __init__(self, mux: Muxer, stream: Stream) -> None:
+        self._mux = mux
+        self._stream = stream
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await trio.lowlevel.checkpoint()
+        with broken_when_lost():
+            await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await trio.lowlevel.checkpoint()
+        with broken_when_lost():
+            await self._stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        await trio.lowlevel.checkpoint()
+        with broken_when_lost():
+            return await self._stream.receive_some(max_bytes)
+
+    async def aclose(self) -> None:
+        try:
+            await self._stream.aclose()
+        finally:
+            self._mux.close()
+
+
+@contextmanager
+def broken_when_lost() -> Iterator[None]:
+    """A stream's error in the words of a transport."""
+    try:
+        yield
+    except NetError as error:
+        raise trio.BrokenResourceError(str(error)) from error
+
+
+@asynccontextmanager
+async def byte_stream(arrived: Arrived, *, dialled: bool) -> AsyncIterator[RawConnection]:
+    """A connection's bytes: of one that its transport has muxed, those of the first stream, which the dialler opens."""
+    if isinstance(arrived, RawConnection):
+        async with arrived.stream:
+            yield arrived
+        return
+    first, coming = trio.open_memory_channel[Stream](1)
+
+    async def on_stream(stream: Stream) -> None:
+        first.send_nowait(stream)
+        await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(arrived.mux.run, on_stream)
+        if dialled:
+            stream = arrived.mux.open_stream()
+            await stream.send_all(b"!")  # a stream is not known to the other side before its first byte
+        else:
+            stream = await coming.receive()
+            assert await stream.receive_some(1) == b"!"
+        async with MuxedStream(arrived.mux, stream) as bytes_:
+            yield RawConnection(stream=bytes_, local=arrived.local, remote=arrived.remote)
+
+
+@asynccontextmanager
+async def running(transport: Transport) -> AsyncIterator[Transport]:
+    """A transport that can dial, as long as the block lasts."""
+    async with trio.open_nursery() as nursery:
+        if isinstance(transport, RunningTransport):
+            await nursery.start(transport.run)
+        yield transport
+        nursery.cancel_scope.cancel()
 
 
 class TransportConformance(ABC):
@@ -70,7 +149,7 @@ class TransportConformance(ABC):
         """A listener for as long as the block lasts, and a limit to how long that may be."""
         with trio.fail_after(PATIENCE_S):
             async with trio.open_nursery() as nursery:
-                [bound] = await nursery.start(rig.make().listen, at or rig.anywhere, accept)
+                [bound] = await nursery.start(rig.of(seeded(2)).listen, at or rig.anywhere, accept)
                 yield bound
                 nursery.cancel_scope.cancel()
 
@@ -80,15 +159,24 @@ class TransportConformance(ABC):
         arrivals, departures = trio.open_memory_channel[RawConnection](1)
 
         async def accept(arrived: Arrived) -> None:
-            raw = byte_stream(arrived)
-            async with raw.stream:
+            async with byte_stream(arrived, dialled=False) as raw:
                 arrivals.send_nowait(raw)
                 await trio.sleep_forever()
 
-        async with self.listening(rig, accept) as bound:
-            dialled = byte_stream(await rig.make().dial(bound))
-            async with dialled.stream:
-                yield Pair(dialled=dialled, accepted=await departures.receive(), bound=bound)
+        async with (
+            self.listening(rig, accept) as bound,
+            self.dialled(rig, bound) as dialled,
+        ):
+            yield Pair(dialled=dialled, accepted=await departures.receive(), bound=bound)
+
+    @asynccontextmanager
+    async def dialled(self, rig: Rig, address: Multiaddr) -> AsyncIterator[RawConnection]:
+        """A connection from a transport of its own."""
+        async with (
+            running(rig.of(seeded(1))) as transport,
+            byte_stream(await transport.dial(address), dialled=True) as raw,
+        ):
+            yield raw
 
     # The byte stream
 
@@ -163,18 +251,19 @@ class TransportConformance(ABC):
             assert await receive_count(pair.accepted.stream, 9) == b"and again"
 
     async def test_it_is_a_stream_in_every_way_of_trio_s(self) -> None:
-        stack: list[AbstractAsyncContextManager[Pair]] = []
+        async with trio.open_nursery() as nursery:
 
-        async def make() -> tuple[trio.abc.Stream, trio.abc.Stream]:
-            stack.append(self.pair())
-            pair = await stack[-1].__aenter__()
-            return pair.dialled.stream, pair.accepted.stream
+            async def hold(*, task_status: trio.TaskStatus[Pair]) -> None:
+                async with self.pair() as pair:
+                    task_status.started(pair)
+                    await trio.sleep_forever()
 
-        try:
+            async def make() -> tuple[trio.abc.Stream, trio.abc.Stream]:
+                pair = await nursery.start(hold)
+                return pair.dialled.stream, pair.accepted.stream
+
             await trio.testing.check_two_way_stream(make, None)
-        finally:
-            for made in reversed(stack):
-                await made.__aexit__(None, None, None)
+            nursery.cancel_scope.cancel()
 
     # Ends
 
@@ -208,24 +297,36 @@ class TransportConformance(ABC):
 
     async def test_a_refused_dial_says_where(self) -> None:
         rig = self.rig()
-        async with rig.nobody() as address:
+        async with rig.nobody() as address, running(rig.of(seeded(1))) as transport:
             with pytest.raises(DialError, match=str(address)):
-                await rig.make().dial(address)
+                await transport.dial(address)
+
+    @asynccontextmanager
+    async def babbling(self, rig: Rig, words: bytes) -> AsyncIterator[Multiaddr]:
+        if rig.babbling is not None:
+            async with rig.babbling(words) as address:
+                yield address
+            return
+
+        async def babble(arrived: Arrived) -> None:
+            async with byte_stream(arrived, dialled=False) as raw:
+                try:
+                    await raw.stream.send_all(words)
+                except trio.BrokenResourceError:
+                    pass  # the dialler has heard enough
+
+        async with self.listening(rig, babble) as bound:
+            yield bound
 
     async def test_a_host_that_dials_a_babbler_fails_in_time(self) -> None:
         """Whatever answers at a peer's address, the dial ends, with the error of dials."""
         for words in (b"", b"\x13/multistream/9.9.9\n", b"HTTP/1.1 400 Bad Request\r\n\r\n", bytes(5_000)):
             rig = self.rig()
-
-            async def babble(arrived: Arrived, words: bytes = words) -> None:
-                raw = byte_stream(arrived)
-                async with raw.stream:
-                    try:
-                        await raw.stream.send_all(words)
-                    except trio.BrokenResourceError:
-                        pass  # the dialler has heard enough
-
-            async with self.listening(rig, babble) as bound, open_host(seeded(1), transports=[rig.make()]) as host:
+            limits = Limits(dial_s=0.5)
+            async with (
+                self.babbling(rig, words) as bound,
+                open_host(seeded(1), transports=[rig.of(seeded(1))], limits=limits) as host,
+            ):
                 with pytest.raises(DialError):
                     await host.connect(seeded(2).peer_id, [bound])
                 assert host.swarm.connections == []
@@ -235,8 +336,7 @@ class TransportConformance(ABC):
         ended = trio.Event()
 
         async def listen_silently(arrived: Arrived) -> None:
-            raw = byte_stream(arrived)
-            async with raw.stream:
+            async with byte_stream(arrived, dialled=False) as raw:
                 try:
                     await receive_all(raw.stream)
                 except trio.BrokenResourceError:
@@ -244,21 +344,24 @@ class TransportConformance(ABC):
             ended.set()
 
         limits = Limits(dial_s=0.1)
+        silent = self.listening(rig, listen_silently) if rig.babbling is None else rig.babbling(b"")
         async with (
-            self.listening(rig, listen_silently) as bound,
-            open_host(seeded(1), transports=[rig.make()], limits=limits) as host,
+            silent as bound,
+            open_host(seeded(1), transports=[rig.of(seeded(1))], limits=limits) as host,
         ):
             with pytest.raises(DialError, match="no answer"):
                 await host.connect(seeded(2).peer_id, [bound])
-            await ended.wait()  # nothing is left open
+            if rig.babbling is None:
+                await ended.wait()  # nothing is left open
 
     async def test_a_cancelled_dial_leaves_nothing_open(self) -> None:
         rig = self.rig()
         async with self.listening(rig, nothing) as bound:
             before = open_files()
-            with trio.CancelScope() as scope:
-                scope.cancel()
-                await rig.make().dial(bound)
+            async with running(rig.of(seeded(1))) as transport:
+                with trio.CancelScope() as scope:
+                    scope.cancel()
+                    await transport.dial(bound)
             assert scope.cancelled_caught
             assert open_files() == before
 
@@ -270,7 +373,7 @@ class TransportConformance(ABC):
         leave = trio.Event()
 
         async def serve(*, task_status: trio.TaskStatus[Sequence[Multiaddr]]) -> None:
-            transports, securities = [rig.make()], [security(far)]
+            transports, securities = [rig.of(far)], [security(far)]
             async with open_host(far, listen=[rig.anywhere], transports=transports, securities=securities) as host:
                 task_status.started(host.listening)
                 await leave.wait()
@@ -278,7 +381,7 @@ class TransportConformance(ABC):
         with trio.fail_after(PATIENCE_S):
             async with (
                 trio.open_nursery() as nursery,
-                open_host(near, transports=[rig.make()], securities=[security(near)]) as host,
+                open_host(near, transports=[rig.of(near)], securities=[security(near)]) as host,
             ):
                 connection = await host.connect(far.peer_id, await nursery.start(serve))
                 leave.set()
@@ -293,47 +396,48 @@ class TransportConformance(ABC):
         rig = self.rig()
         async with self.pair() as pair:
             assert pair.bound != rig.anywhere
-            assert rig.make().can_dial(pair.bound)
+            assert rig.of(seeded(1)).can_dial(pair.bound)
             assert pair.dialled.remote == pair.accepted.local == pair.bound
             assert pair.dialled.local == pair.accepted.remote
             assert pair.accepted.remote != pair.bound
         for address in rig.foreign:
-            assert not rig.make().can_dial(address)
+            transport = rig.of(seeded(1))
+            assert not transport.can_dial(address)
             with pytest.raises((DialError, AddressError)):
-                await rig.make().dial(address)
+                await transport.dial(address)
             with pytest.raises(AddressError):
-                await rig.make().listen(address, nothing, task_status=trio.TASK_STATUS_IGNORED)
+                await transport.listen(address, nothing, task_status=trio.TASK_STATUS_IGNORED)
 
     async def test_a_taken_address_cannot_be_listened_on(self) -> None:
         rig = self.rig()
         async with self.pair() as pair:
             with pytest.raises(AddressError, match="in use"):
-                await rig.make().listen(pair.bound, nothing, task_status=trio.TASK_STATUS_IGNORED)
+                await rig.of(seeded(1)).listen(pair.bound, nothing, task_status=trio.TASK_STATUS_IGNORED)
 
     async def test_a_cancelled_listener_frees_its_address(self) -> None:
         rig = self.rig()
         before = open_files()
         at = rig.anywhere
         for _ in range(2):
-            async with self.listening(rig, nothing, at) as bound:
-                await byte_stream(await rig.make().dial(bound)).stream.aclose()
+            async with self.listening(rig, nothing, at) as bound, self.dialled(rig, bound):
+                pass
             at = bound
-            with pytest.raises(DialError):
-                await rig.make().dial(bound)
+            async with running(rig.of(seeded(1))) as transport:
+                with pytest.raises(DialError):
+                    await transport.dial(bound)
         assert open_files() == before
 
     async def test_many_connections_at_once(self) -> None:
         rig = self.rig()
 
         async def echo(arrived: Arrived) -> None:
-            raw = byte_stream(arrived)
-            async with raw.stream:
+            async with byte_stream(arrived, dialled=False) as raw:
                 await raw.stream.send_all(await receive_count(raw.stream, 4))
 
         async def ask(bound: Multiaddr, number: int) -> None:
-            async with byte_stream(await rig.make().dial(bound)).stream as stream:
-                await stream.send_all(b"%4d" % number)
-                assert await receive_count(stream, 4) == b"%4d" % number
+            async with self.dialled(rig, bound) as raw:
+                await raw.stream.send_all(b"%4d" % number)
+                assert await receive_count(raw.stream, 4) == b"%4d" % number
 
         async with self.listening(rig, echo) as bound, trio.open_nursery() as askers:
             for number in range(50):
@@ -341,8 +445,8 @@ class TransportConformance(ABC):
 
 
 async def nothing(arrived: Arrived) -> None:
-    raw = byte_stream(arrived)
-    await raw.stream.aclose()
+    async with byte_stream(arrived, dialled=False):
+        pass
 
 
 def open_files() -> set[tuple[str, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -48,7 +48,7 @@ async def run(*, runs: int, transports: Sequence[str] = TRANSPORTS) -> AsyncGene
         nodes = [await stack.enter_async_context(node(machine)) for machine in machines]
         for transport in transports:
             try:
-                await relay.start(transport, port=RELAY_PORT)
+                await relay.start(transport, port=RELAY_PORT, serve=True)
             except LabError as error:
                 for attempt in _hopeless(transport, runs, str(error)):
                     yield attempt
@@ -95,7 +95,8 @@ async def meet(caller: Node, callee: Node, transport: str, relay: str) -> Reache
         for each in (callee, caller):
             await each.start(transport, relay=relay)
             started.append(each)
-        return await caller.connect(callee, relay=relay, within_s=WITHIN_S)
+        reached = await caller.connect(callee, relay=relay, within_s=WITHIN_S)
+        return replace(reached, tries=await callee.tries())
     except LabError as error:
         return Reached(connected=False, direct=False, why=str(error))
     finally:

@@ -1,12 +1,15 @@
 """One of our nodes, told what to do by lines of JSON on its standard input; it answers each with one line.
 
-    {"do": "start", "listen": [ADDR, ...], "relay": ADDR or null}  -> {"peer_id": ..., "addresses": [ADDR, ...]}
+    {"do": "start", "listen": [ADDR, ...], "relay": ADDR or null, "serve": bool}
+        -> {"peer_id": ..., "addresses": [ADDR, ...]}
     {"do": "connect", "peer": PEERID, "addresses": [ADDR, ...], "relay": ADDR or null, "within_s": S}
-        -> {"connected": bool, "direct": bool, "seconds": S or null, "tries": N or null, "why": TEXT or null}
+        -> {"connected": bool, "direct": bool, "seconds": S or null, "why": TEXT or null}
+    {"do": "punches"}                                              -> {"tries": N, "successes": N}
     {"do": "ping", "peer": PEERID, "count": N}                     -> {"rtt_ms": MEDIAN}
     {"do": "stop"}                                                 -> {}
 
-``start`` makes a new identity and new sockets, so that nothing of one attempt helps the next. What goes wrong is
+``start`` makes a new identity and new sockets, so that nothing of one attempt helps the next. With ``serve`` the node
+relays for others; with ``relay`` it has a reservation there before it answers, if it needs one. What goes wrong is
 ``{"error": TEXT}``. It ends with its standard input.
 """
 
@@ -17,18 +20,25 @@ import os
 import statistics
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import trio
 
 from net import addresses
+from net.dht.service import Dht
 from net.errors import NetError
 from net.host import Host, open_host
 from net.identity import Identity, PeerId
+from net.nat.reachability import Kind
+from net.nurseries import open_service_nursery
 from net.ping import ping
+from net.presence import Presence, run_presence
+from net.relay.server import RelayServer
 
 CIRCUIT = "/p2p-circuit"
 MAX_ORDER_BYTES = 65536
+RESERVE_S = 10.0  # for a reservation
 LOOK_S = 0.02  # how often it is looked whether a relayed connection has become a direct one
 
 
@@ -64,20 +74,40 @@ def _answer(value: dict[str, Any]) -> None:
 async def _live(start: dict[str, Any], orders: AsyncGenerator[dict[str, Any], None]) -> bool:
     """One host, until ``stop`` (True) or the end of all orders."""
     listen = [addresses.parse(text) for text in start["listen"]]
-    async with open_host(Identity.generate(), listen=listen) as host:
-        await reserve(host, start["relay"])
+    async with open_host(Identity.generate(), listen=listen) as host, open_service_nursery() as nursery:
+        if start["serve"]:
+            await nursery.start(RelayServer(host).run)
+        presence = await _present(host, start["relay"], nursery)
         _answer({"peer_id": str(host.peer_id), "addresses": [str(address) for address in host.addresses]})
         async for order in orders:
             if order["do"] == "stop":
+                nursery.cancel_scope.cancel()
                 return True
             try:
-                _answer(await _do(host, order))
+                _answer(await _do(host, presence, order))
             except NetError as error:
                 _answer({"error": str(error)})
+        nursery.cancel_scope.cancel()
     return False
 
 
-async def _do(host: Host, order: dict[str, Any]) -> dict[str, Any]:
+async def _present(host: Host, relay: str | None, nursery: trio.Nursery) -> Presence:
+    """As a node of ours is: known to the relay, and with a reservation there where nobody can come in directly."""
+    dht = Dht(host, server=True)
+    bootstrap = [addresses.parse_peer(relay)] if relay is not None else []
+    presence: Presence = await nursery.start(partial(run_presence, host, dht, bootstrap=bootstrap))
+    if bootstrap:
+        await dht.join(bootstrap)
+        with trio.move_on_after(RESERVE_S):
+            while not host.relayed and presence.reachability.kind not in (Kind.PUBLIC, Kind.MAPPED):  # noqa: ASYNC110  two things, either will do
+                await trio.sleep(LOOK_S)
+    await nursery.start(dht.run)
+    return presence
+
+
+async def _do(host: Host, presence: Presence, order: dict[str, Any]) -> dict[str, Any]:
+    if order["do"] == "punches":
+        return {"tries": presence.puncher.tries, "successes": presence.puncher.successes}
     peer = PeerId.from_string(order["peer"])
     if order["do"] == "connect":
         return await reach(host, peer, order)
@@ -88,13 +118,6 @@ async def _do(host: Host, order: dict[str, Any]) -> dict[str, Any]:
             if len(round_trips) == order["count"]:
                 break
     return {"rtt_ms": statistics.median(round_trips)}
-
-
-async def reserve(host: Host, relay: str | None) -> None:
-    """Be reachable through the relay. As long as there are no reservations: be connected with it."""
-    if relay is not None:
-        known = addresses.parse_peer(relay)
-        await host.connect(known.peer_id, [known.address])
 
 
 async def reach(host: Host, peer: PeerId, order: dict[str, Any]) -> dict[str, Any]:
@@ -117,7 +140,6 @@ async def reach(host: Host, peer: PeerId, order: dict[str, Any]) -> dict[str, An
         "connected": host.swarm.connection(peer) is not None,
         "direct": direct,
         "seconds": trio.current_time() - start if direct else None,
-        "tries": None,  # whoever punches holes will count them
         "why": why,
     }
 

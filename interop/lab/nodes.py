@@ -39,10 +39,12 @@ class Node:
         self.peer_id = ""
         self.port: int = 0
 
-    async def start(self, transport: str = "tcp", *, port: int = 0, relay: str | None = None) -> None:
+    async def start(
+        self, transport: str = "tcp", *, port: int = 0, relay: str | None = None, serve: bool = False
+    ) -> None:
         """A fresh host with a new identity. Raises: LabError when it cannot listen there, or not reach the relay."""
         listen = LISTEN[transport].format(host="0.0.0.0", port=port)
-        started = await self._ask(do="start", listen=[listen], relay=relay)
+        started = await self._ask(do="start", listen=[listen], relay=relay, serve=serve)
         self.peer_id = started["peer_id"]
 
     async def stop(self) -> None:
@@ -56,6 +58,11 @@ class Node:
             do="connect", peer=peer.peer_id, addresses=list(addresses), relay=relay, within_s=within_s
         )
         return Reached(**answer)
+
+    async def tries(self) -> int | None:
+        """How many punches it took the node to make a connection direct; None if it has made none."""
+        counted = await self._ask(do="punches")
+        return int(counted["tries"]) if counted["successes"] else None
 
     async def ping_ms(self, peer: Node, count: int = 3) -> float:
         """The median round trip to a peer that it is connected with."""

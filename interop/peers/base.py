@@ -18,9 +18,10 @@ from net.addresses import Multiaddr, PeerAddress
 from net.errors import RemoteProtocolError
 from net.io import receive_exactly, send
 
-__all__ = ["ECHO", "Driver", "Peer", "PeerError", "Sight", "answer_echo", "program", "request_echo"]
+__all__ = ["ECHO", "Driver", "Peer", "PeerError", "Relaying", "Sight", "answer_echo", "program", "request_echo"]
 
 ECHO = "/raceme-interop/echo/1"
+QUIC = "/ip4/127.0.0.1/udp/0/quic-v1"
 PIECE_BYTES = 64 * 1024
 START_S = 30.0
 STOP_S = 5.0
@@ -28,6 +29,18 @@ STOP_S = 5.0
 
 class PeerError(Exception):
     """The foreign peer reported a failure, or its program did not do as it should."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relaying:
+    """What a peer has to do with relays. ``through``: where it holds a reservation, if it does."""
+
+    serves: bool = False
+    dials: bool = False
+    through: PeerAddress | None = None
+
+
+NO_RELAYING = Relaying()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +78,15 @@ class Driver(Protocol):
     def fetch(self) -> None:
         """Make sure that it is here; may take minutes. Raises: FetchError."""
 
-    def start(self, transport: str, security: str) -> AbstractAsyncContextManager[Peer]:
-        """Run a peer that knows this transport (``tcp``, ``ws``) and security (``noise``, ``tls``) alone."""
+    def start(
+        self, transport: str, security: str, relaying: Relaying = NO_RELAYING
+    ) -> AbstractAsyncContextManager[Peer]:
+        """Run a peer that knows this transport (``tcp``, ``ws``, ``quic``) and security (``noise``, ``tls``) alone."""
 
 
 def listen_address(transport: str) -> Multiaddr:
     """A free port of this machine's loopback."""
-    return Multiaddr("/ip4/127.0.0.1/tcp/0" + ("/ws" if transport == "ws" else ""))
+    return Multiaddr({"tcp": "/ip4/127.0.0.1/tcp/0", "ws": "/ip4/127.0.0.1/tcp/0/ws", "quic": QUIC}[transport])
 
 
 @asynccontextmanager

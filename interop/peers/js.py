@@ -9,7 +9,7 @@ from typing import Any
 
 import trio
 
-from interop.peers.base import START_S, PeerError, Sight, program
+from interop.peers.base import NO_RELAYING, START_S, PeerError, Relaying, Sight, program
 from interop.peers.fetch import fetch_js
 from net.addresses import PeerAddress, parse_peer
 
@@ -24,9 +24,11 @@ class JsDriver:
         fetch_js()
 
     @asynccontextmanager
-    async def start(self, transport: str, security: str) -> AsyncIterator[JsPeer]:
+    async def start(self, transport: str, security: str, relaying: Relaying = NO_RELAYING) -> AsyncIterator[JsPeer]:
         node, script = fetch_js()
-        async with program([str(node), str(script), transport, security]) as process:
+        through = "" if relaying.through is None else str(relaying.through)
+        words = [through or ("serve" if relaying.serves else "dial")] if relaying != NO_RELAYING else []
+        async with program([str(node), str(script), transport, security, *words]) as process:
             peer = JsPeer(process)
             hello = await peer._receive(START_S)
             peer.address = parse_peer(hello["addresses"][0])

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,6 +80,7 @@ class Dht:
         self._lanes: dict[PeerId, Lane] = {}
         self._announced: dict[bytes, _Announced] = {}
         self._backoff = Backoff(self.settings.backoff_s)
+        self.stale_by_s: deque[float] = deque(maxlen=64)  # how far others' clocks were ahead, where it was too much
         if server:
             host.handle(wire.PROTOCOL_ID, self._serve)
 
@@ -301,13 +303,14 @@ class Dht:
                 held += self._read_page(contact, answer, target)
         return closer, held
 
-    @staticmethod
-    def _read_page(contact: Contact, answer: Message, target: bytes) -> list[Record]:
+    def _read_page(self, contact: Contact, answer: Message, target: bytes) -> list[Record]:
         held = []
         for envelope in packing.field(answer.header, "records", list):
             try:
                 held.append(records.verify(packing.field({"r": envelope}, "r", bytes), key=target))
             except errors.RecordError as error:
+                if isinstance(error, errors.StaleRecord):
+                    self.stale_by_s.append(error.ahead_s)
                 logger.debug("%s passed on %s", contact.peer_id, error)
         return held
 

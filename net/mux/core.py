@@ -276,9 +276,10 @@ class YamuxCore:
 
     def tick(self, now: float) -> bool:
         """Ping when it is time. False: the peer has been silent for too long and counts as dead."""
-        if now - self._heard_at >= self.settings.dead_after_s:
+        # Summed up as in ``deadline``: the difference may be rounded to less, and the time would never come.
+        if now >= self._heard_at + self.settings.dead_after_s:
             return False
-        if now - self._pinged_at >= self.settings.keepalive_s:
+        if now >= self._pinged_at + self.settings.keepalive_s:
             self._pinged_at = now
             self._pings = (self._pings + 1) & 0xFFFFFFFF
             self._ping = (self._pings, now)

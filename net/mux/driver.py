@@ -200,7 +200,8 @@ class YamuxConnection(Muxer):
     async def _read(self, on_stream: Callable[[YamuxStream], Awaitable[None]], nursery: trio.Nursery) -> None:
         failure: errors.NetError = errors.ConnectionLost("the connection was closed by the other side")
         try:
-            while batch := await self._channel.receive_batch():
+            # A peer's first frames may have come in one piece with its last words about what is spoken.
+            while batch := self._channel.take_received() or await self._channel.receive_batch():
                 now = trio.current_time()
                 for data in batch:
                     for event in self._core.receive_data(data, now):

@@ -10,6 +10,7 @@ body = {
     "decode_tokens_per_s": float,       measured, batch 1
     "cache_tokens_left": int, "max_length": int,
     "agent": str,
+    "reachability": str?                public, mapped, punchable, relay-only, unknown (which is what its lack means)
 }
 """
 
@@ -38,6 +39,7 @@ MAX_BLOCKS = 1024
 MAX_NAME_CHARACTERS = 96
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
 STATE = re.compile(r"joining|online")
+REACHABILITY = re.compile(r"public|mapped|punchable|relay-only|unknown")
 HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -71,6 +73,7 @@ class NodeAnnouncement:
     max_length: int
     state: str
     agent: str
+    reachability: str = "unknown"
 
     def to_body(self) -> dict[str, Any]:
         return {
@@ -87,6 +90,7 @@ class NodeAnnouncement:
             "max_length": self.max_length,
             "state": self.state,
             "agent": self.agent,
+            "reachability": self.reachability,
         }
 
     @classmethod
@@ -121,6 +125,7 @@ class NodeAnnouncement:
             max_length=packing.integer(body, "max_length", 1, 2**30),
             state=_matching(body, "state", STATE, 16),
             agent=packing.field(body, "agent", str, max_length=64),
+            reachability=_matching({"reachability": "unknown", **body}, "reachability", REACHABILITY, 16),
         )
 
 

@@ -1,10 +1,13 @@
 """A session on one node: calls on a lane of ``/raceme/session/1``. It ends with its stream.
 
-    open   {"digest", "start", "end", "batch", "max_length"}  -> {"cache_tokens_left"}
+    open   {"digest", "start", "end", "batch", "max_length"}  -> {"cache_tokens_left", "token"}
+    resume {"token"}                                          -> {}
     step   {"position"} + hidden [batch, tokens, hidden]      -> {} + hidden [batch, tokens, hidden]
 
 ``position`` is where the step's first token stands. One that lies before the session's length sets it back:
-what was there is forgotten. Refusals: ``wrong-model``, ``wrong-span``, ``busy``, ``no-cache``, ``too-long``,
+what was there is forgotten. A stream that broke, rather than ended, leaves the session for a while: the same peer may
+``resume`` it on another stream, and so may it while the first one is still there, which then has it no longer.
+Refusals: ``no-session``, ``wrong-model``, ``wrong-span``, ``busy``, ``no-cache``, ``too-long``,
 ``bad-shape``, ``bad-dtype``, ``bad-position``, ``not-finite``, ``bad-input``.
 """
 
@@ -14,12 +17,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from net.errors import RemoteProtocolError
 from net.protocol.announcement import MAX_BLOCKS
 from net.rpc import packing
 
 PROTOCOL_ID = "/raceme/session/1"
 MAX_BATCH = 256
 MAX_LENGTH = 2**20
+TOKEN_BYTES = 16  # whoever guesses it would have to be the same peer, too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,16 @@ class Open:
             batch=packing.integer(fields, "batch", 1, MAX_BATCH),
             max_length=packing.integer(fields, "max_length", 1, MAX_LENGTH),
         )
+
+
+def read_token(fields: Mapping[str, Any]) -> bytes:
+    """Raises:
+    RemoteProtocolError: no token, or one of another length.
+    """
+    token: bytes = packing.field(fields, "token", bytes, max_length=TOKEN_BYTES)
+    if len(token) != TOKEN_BYTES:
+        raise RemoteProtocolError(f"a token of {len(token)} bytes")
+    return token
 
 
 def read_position(fields: Mapping[str, Any]) -> int:

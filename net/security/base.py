@@ -94,6 +94,12 @@ class SecureChannel(trio.abc.Stream):
     async def wait_send_all_might_not_block(self) -> None:
         await self._stream.wait_send_all_might_not_block()
 
+    def take_received(self) -> Sequence[bytes]:
+        """What came with the last that ``receive_some`` gave: whoever goes on with ``receive_batch`` needs it first."""
+        taken = list(self._received)
+        self._received.clear()
+        return taken
+
     @abstractmethod
     async def receive_batch(self) -> Sequence[bytes]:
         """All that has come, in the pieces that it came in, waiting for some; empty at the end.

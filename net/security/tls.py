@@ -1,33 +1,21 @@
-"""TLS 1.3 with the libp2p certificate extension.
-
-The certificate is self-signed by a throw-away key and carries one extension, libp2p's: the peer's
-identity key and its signature over the throw-away key. It stands first, because js-libp2p reads only
-the first. Certificates are made and judged here through pyOpenSSL's memory BIO; no certificate
-authority is involved.
+"""TLS 1.3 with libp2p's certificates (``certificate.py``), through pyOpenSSL's memory BIO.
 
 Source: https://github.com/libp2p/specs/blob/master/tls/tls.md
 """
 
 from __future__ import annotations
 
-import datetime
-import os
 from collections.abc import Sequence
 
 import trio
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
-from libp2p.security.tls.certificate import add_libp2p_extension, verify_certificate_chain
 from OpenSSL import SSL
 
 from net.errors import ConnectionLost, PeerIdMismatch, RemoteProtocolError
 from net.identity import Identity, PeerId
 from net.security.base import RECORD_BYTES, Buffer, SecureChannel
+from net.security.certificate import ALPN, authenticate, make_credentials
 
-ALPN = [b"libp2p"]
-SIGNATURE_PREFIX = b"libp2p-tls-handshake:"
+PROTOCOLS = [ALPN.encode()]
 SEND_BYTES = 1024 * 1024
 
 
@@ -37,15 +25,15 @@ class TlsSecurity:
     protocol_id = "/tls/1.0.0"
 
     def __init__(self, identity: Identity) -> None:
-        key = ec.generate_private_key(ec.SECP256R1())
+        credentials = make_credentials(identity)
         context = SSL.Context(SSL.TLS_METHOD)
         context.set_min_proto_version(SSL.TLS1_3_VERSION)
-        context.use_privatekey(key)
-        context.use_certificate(_certificate(identity, key))
+        context.use_privatekey(credentials.key)
+        context.use_certificate(credentials.certificate)
         # Whose certificate it is we judge ourselves, after the handshake: there are no authorities here.
         context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, lambda *_: True)
-        context.set_alpn_protos(ALPN)
-        context.set_alpn_select_callback(lambda _connection, offered: ALPN[0] if ALPN[0] in offered else b"")
+        context.set_alpn_protos(PROTOCOLS)
+        context.set_alpn_select_callback(lambda _connection, offered: PROTOCOLS[0] if PROTOCOLS[0] in offered else b"")
         context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
         self._context = context
 
@@ -71,13 +59,7 @@ class TlsSecurity:
             raise RemoteProtocolError("TLS handshake failed") from error
         except trio.BrokenResourceError as error:
             raise ConnectionLost("the connection broke during the TLS handshake") from error
-        try:
-            certificate = connection.get_peer_certificate(as_cryptography=True)
-            if certificate is None:
-                raise ValueError("there is none")
-            channel.remote_peer = PeerId.from_pubkey(verify_certificate_chain([certificate]))
-        except Exception as error:  # the library raises ValueError and whatever the parsers below it raise
-            raise RemoteProtocolError(f"the peer's TLS certificate is not libp2p's: {error}") from error
+        channel.remote_peer = authenticate(lambda: connection.get_peer_certificate(as_cryptography=True))
         return channel
 
 
@@ -165,21 +147,3 @@ class TlsChannel(SecureChannel):
         """Send what OpenSSL wants to say of its own: handshakes and alerts."""
         self._unsent += self._take_records()
         await self.flush()
-
-
-def _certificate(identity: Identity, key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "libp2p")])
-    now = datetime.datetime.now(datetime.UTC)
-    builder = (
-        x509.CertificateBuilder()
-        .serial_number(int.from_bytes(os.urandom(8), "big") >> 1)
-        .not_valid_before(now - datetime.timedelta(days=2))  # clocks differ
-        .not_valid_after(now + datetime.timedelta(days=36500))
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-    )
-    public = key.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    builder = add_libp2p_extension(builder, identity.key_pair.public_key, identity.sign(SIGNATURE_PREFIX + public))
-    certificate: x509.Certificate = builder.sign(key, hashes.SHA256())
-    return certificate

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import trio
 
@@ -13,7 +13,29 @@ from net.addresses import Multiaddr
 from net.identity import PeerId
 from net.mux.base import Muxer
 
-__all__ = ["Accept", "Arrived", "MuxedConnection", "RawConnection", "RawStream", "RunningTransport", "Transport"]
+if TYPE_CHECKING:
+    from net.host import Host
+
+__all__ = [
+    "Accept",
+    "Arrived",
+    "HostedTransport",
+    "MuxedConnection",
+    "PunchingTransport",
+    "RawConnection",
+    "RawStream",
+    "RunningTransport",
+    "TrafficLimit",
+    "Transport",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrafficLimit:
+    """What may pass over a connection before whoever carries it ends it. None: no limit."""
+
+    bytes: int | None = None  # in each direction
+    seconds: float | None = None
 
 
 class RawStream(trio.abc.Stream):
@@ -48,6 +70,7 @@ class RawConnection:
     stream: trio.abc.Stream
     local: Multiaddr | None
     remote: Multiaddr
+    limit: TrafficLimit | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,6 +85,7 @@ class MuxedConnection:
     security: str
     local: Multiaddr | None
     remote: Multiaddr
+    limit: TrafficLimit | None = None
 
 
 Arrived = RawConnection | MuxedConnection
@@ -108,3 +132,23 @@ class RunningTransport(Transport, Protocol):
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; the swarm starts it before it dials or listens."""
+
+
+@runtime_checkable
+class HostedTransport(Transport, Protocol):
+    """A transport whose connections run over streams of the host's other connections."""
+
+    def attach(self, host: Host) -> None:
+        """Use this host. Called once, before it runs."""
+
+
+@runtime_checkable
+class PunchingTransport(Transport, Protocol):
+    """A transport without simultaneous open: of two that want to meet, one dials and the other opens its NAT."""
+
+    async def punch(self, address: Multiaddr) -> None:
+        """Open our NAT for what ``address`` sends to the socket that we would dial it from, for some seconds.
+
+        Raises:
+            AddressError, DialError: as ``dial``.
+        """

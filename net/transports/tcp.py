@@ -1,9 +1,17 @@
-"""TCP: ``/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT``."""
+"""TCP: ``/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT``.
+
+All dials go out from one port, that of the listener if there is one: a NAT then maps that port, others see and tell
+the address at which we may be reached, and two that dial each other at once meet there (simultaneous open).
+"""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+import ipaddress
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import trio
 
@@ -15,16 +23,22 @@ from net.transports.base import Accept, RawConnection
 from net.transports.socket_stream import SocketStream
 
 BACKLOG = 1024
+PORT_TAKEN = (errno.EADDRNOTAVAIL, errno.EADDRINUSE)  # by a connection of ours to the same place; by somebody else
 
 
 class TcpTransport:
-    """Plain TCP sockets, opened by trio (which sets TCP_NODELAY)."""
+    """Plain TCP sockets with TCP_NODELAY, as trio opens them."""
+
+    def __init__(self) -> None:
+        self._listening: dict[socket.AddressFamily, tuple[str, int]] = {}  # where others than this machine may come in
+        self._dialled_from: dict[socket.AddressFamily, tuple[str, int]] = {}  # by who does not listen
 
     def can_dial(self, address: Multiaddr) -> bool:
         return addresses.host_port(address) is not None
 
     async def dial(self, address: Multiaddr, peer_id: PeerId | None = None) -> RawConnection:
-        stream = await connect(address, *_host_port(address))
+        host, port = _host_port(address)
+        stream = await self._dial_from_own_port(address, host, port) or await connect(address, host, port)
         local = local_address(stream)
         return RawConnection(stream=SocketStream(stream), local=local, remote=address)
 
@@ -38,6 +52,8 @@ class TcpTransport:
         host, port = _host_port(address)
         try:
             listeners = await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG)
+            for listener in listeners:
+                _share_port(listener.socket)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise AddressError(
@@ -58,7 +74,57 @@ class TcpTransport:
         bound = [addresses.tcp(*listener.socket.getsockname()[:2]) for listener in listeners]
         async with trio.open_nursery() as nursery:
             await nursery.start(trio.serve_listeners, handle, listeners)
-            task_status.started(bound)
+            with self._dialling_from(listeners):
+                task_status.started(bound)
+                await trio.sleep_forever()
+
+    @contextmanager
+    def _dialling_from(self, listeners: Sequence[trio.SocketListener]) -> Iterator[None]:
+        """Let dials go out from where these listen, unless that is this machine alone."""
+        found = {listener.socket.family: listener.socket.getsockname()[:2] for listener in listeners}
+        ours = {family: at for family, at in found.items() if not ipaddress.ip_address(at[0]).is_loopback}
+        self._listening |= ours
+        try:
+            yield
+        finally:
+            for family, at in ours.items():
+                if self._listening.get(family) == at:
+                    del self._listening[family]
+
+    async def _dial_from_own_port(self, address: Multiaddr, host: str, port: int) -> trio.SocketStream | None:
+        """None where that cannot be: a connection from that port goes there already, or there is this machine."""
+        try:
+            found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except OSError:
+            return None  # dialled without, it tells what is wrong
+        family, _, _, _, where = found[0]
+        if ipaddress.ip_address(where[0]).is_loopback:
+            return None
+        anywhere = ("::" if family is socket.AF_INET6 else "0.0.0.0", 0)
+        local = self._listening.get(family) or self._dialled_from.get(family, anywhere)
+        ours = trio.socket.socket(family, socket.SOCK_STREAM)
+        try:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            _share_port(ours)
+            await ours.bind(local)
+            await ours.connect(where)
+        except BaseException as error:
+            ours.close()
+            if isinstance(error, OSError) and (error.errno in PORT_TAKEN or len(found) > 1):
+                if error.errno == errno.EADDRINUSE:
+                    self._dialled_from.pop(family, None)
+                return None
+            if isinstance(error, OSError):
+                raise DialError(f"{address}: {_reason(error)}") from error
+            raise
+        self._dialled_from[family] = (anywhere[0], ours.getsockname()[1])
+        return trio.SocketStream(ours)
+
+
+def _share_port(own: trio.socket.SocketType) -> None:
+    """Let other sockets of ours use its port. Set after binding, it lets nobody else take the port unnoticed."""
+    if sys.platform != "win32":
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
 async def connect(address: Multiaddr, host: str, port: int) -> trio.SocketStream:

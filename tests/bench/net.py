@@ -3,8 +3,10 @@
 throughput-*: 1 MB messages in one direction, acknowledged once at the end; with 8 streams, the reference has 8
 connections. rtt-*: echo of that size, median of each run. rtt-1KB-beside-bulk-p95: 95th percentile of a 1 KB echo
 while another stream of the same connection moves 50 MB, against the idle one. throughput-60ms: through a proxy that
-delays each direction by 30 ms and passes 12.5 MB/s, against raw TCP through the same proxy. cpu-*: processor seconds
-of both processes for a GB through one stream.
+delays each direction by 30 ms and passes 12.5 MB/s, against raw TCP through the same proxy. throughput-relayed: through
+that proxy to a relay, a third process, and on to the serving process, against our direct connection through the proxy.
+*-relayed-loopback, rtt-1KB-relayed: through the relay without the proxy. *-quic: over QUIC, on a
+loopback that carries datagrams of 16 KiB. cpu-*: processor seconds of both processes for a GB through one stream.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import json
 import os
 import ssl
@@ -19,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +32,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from net.addresses import Multiaddr, PeerAddress, parse, parse_peer
+from net.addresses import Multiaddr, PeerAddress, parse, parse_peer, relayed_by
 from net.host import Host, open_host
 from net.identity import Identity
 from net.io import receive_exactly
 from net.mux.base import Stream as MuxStream
+from net.relay.server import RelayServer
 from net.security.base import Security
 from net.security.noise import NoiseSecurity
 from net.security.tls import TlsSecurity
@@ -71,7 +75,17 @@ async def _echo(stream: Stream) -> None:
         await stream.send_all(await receive_exactly(stream, int.from_bytes(head, "big")))
 
 
-async def _serve(folder: Path) -> None:
+async def _relay() -> None:
+    """Print where we are, relay until standard input closes."""
+    listen = [parse("/ip4/127.0.0.1/tcp/0")]
+    async with open_host(Identity.generate(), listen=listen) as host, trio.open_nursery() as nursery:
+        await nursery.start(RelayServer(host).run)
+        print(host.peer_addresses[0], flush=True)
+        await trio.to_thread.run_sync(sys.stdin.read)
+        nursery.cancel_scope.cancel()
+
+
+async def _serve(folder: Path, relay: PeerAddress) -> None:
     """Print where everything is, serve until standard input closes."""
     identity = Identity.generate()
 
@@ -90,7 +104,8 @@ async def _serve(folder: Path) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
-    async with open_host(identity, listen=[parse("/ip4/127.0.0.1/tcp/0")]) as host, trio.open_nursery() as nursery:
+    listen = [parse("/ip4/127.0.0.1/tcp/0"), parse("/ip4/127.0.0.1/udp/0/quic-v1"), relayed_by(relay)]
+    async with open_host(identity, listen=listen) as host, trio.open_nursery() as nursery:
         host.handle(SINK, on_sink)
         host.handle(ECHO, on_echo)
         tls_listeners = await trio.open_ssl_over_tcp_listeners(0, context, host="127.0.0.1")
@@ -99,6 +114,7 @@ async def _serve(folder: Path) -> None:
         await nursery.start(trio.serve_listeners, plain, tcp_listeners)
         ports = {
             "host": str(host.peer_addresses[0]),
+            "quic": str(host.peer_addresses[1]),
             "tls": tls_listeners[0].transport_listener.socket.getsockname()[1],  # type: ignore[attr-defined]
             "tcp": tcp_listeners[0].socket.getsockname()[1],
         }
@@ -115,10 +131,11 @@ async def _serve(folder: Path) -> None:
 class _Server:
     """The other process, where its listeners are, and what it has used."""
 
-    def __init__(self, popen: subprocess.Popen[str], folder: Path) -> None:
+    def __init__(self, popen: subprocess.Popen[str], folder: Path, relay: PeerAddress) -> None:
         self._popen = popen
+        self.relay = relay
         fields = json.loads(self._line())
-        self.peer = parse_peer(fields["host"])
+        self.peer, self.quic_peer = parse_peer(fields["host"]), parse_peer(fields["quic"])
         self.tls_port, self.tcp_port = fields["tls"], fields["tcp"]
         self.client_context = ssl.create_default_context(cafile=str(folder / "cert.pem"))
         self.client_context.check_hostname = False
@@ -152,22 +169,27 @@ def _server() -> Any:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_certificate(folder)
-        popen = subprocess.Popen(
-            [sys.executable, "-m", "tests.bench.net", "--serve", name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        with _process("--relay") as relaying:
+            relay = parse_peer(relaying.stdout.readline() if relaying.stdout is not None else "")
+            with _process("--serve", name, "--through", str(relay)) as popen:
+                yield _Server(popen, folder, relay)
+
+
+@contextlib.contextmanager
+def _process(*words: str) -> Iterator[subprocess.Popen[str]]:
+    """Another of this module, until the block ends."""
+    command = [sys.executable, "-m", "tests.bench.net", *words]
+    popen = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        yield popen
+    finally:
+        if popen.stdin is not None:
+            popen.stdin.close()
         try:
-            yield _Server(popen, folder)
-        finally:
-            if popen.stdin is not None:
-                popen.stdin.close()
-            try:
-                popen.wait(5)
-            except subprocess.TimeoutExpired:
-                popen.kill()
-                popen.wait()
+            popen.wait(5)
+        except subprocess.TimeoutExpired:
+            popen.kill()
+            popen.wait()
 
 
 async def _push(stream: Stream, size: int) -> float:
@@ -293,6 +315,22 @@ async def _throughput_60ms(server: _Server, size: int) -> tuple[float, float]:
             return size / await _push(stream, size), raw_speed
 
 
+async def _throughput_relayed(server: _Server, size: int) -> float:
+    """Bytes per second through the relay, behind the slow link."""
+    async with _slow_link(int(server.relay.address.value_for_protocol("tcp"))) as port:
+        at = PeerAddress(address=Multiaddr(f"/ip4/127.0.0.1/tcp/{port}"), peer_id=server.relay.peer_id)
+        async with _relayed_host(server, at) as host, host.stream(server.peer.peer_id, [SINK]) as stream:
+            return size / await _push(stream, size)
+
+
+@contextlib.asynccontextmanager
+async def _relayed_host(server: _Server, relay: PeerAddress) -> AsyncIterator[Host]:
+    """One that is connected with the server through the relay, which it reaches at that address."""
+    async with open_host(Identity.generate()) as host:
+        await host.connect(server.peer.peer_id, [relayed_by(relay)])
+        yield host
+
+
 async def _measure(server: _Server, runs: int, scale: float, security: str) -> list[report.Figure]:
     values: dict[str, list[float]] = {}
 
@@ -302,11 +340,15 @@ async def _measure(server: _Server, runs: int, scale: float, security: str) -> l
     identity = Identity.generate()
     chosen: dict[str, Security] = {"noise": NoiseSecurity(identity), "tls": TlsSecurity(identity)}
     size = int(100 * scale) * MB
-    async with open_host(identity, securities=[chosen[security]]) as host:
+    async with open_host(identity, securities=[chosen[security]]) as host, open_host(Identity.generate()) as quic:
         await host.connect(server.peer.peer_id, [server.peer.address])
+        await quic.connect(server.peer.peer_id, [server.quic_peer.address])
 
         async def ours(protocol: str) -> Stream:
             return await host.open_stream(server.peer.peer_id, [protocol])
+
+        async def over_quic(protocol: str) -> Stream:
+            return await quic.open_stream(server.peer.peer_id, [protocol])
 
         for run in range(runs):
             report.progress(f"net: run {run + 1} of {runs}")
@@ -319,6 +361,7 @@ async def _measure(server: _Server, runs: int, scale: float, security: str) -> l
                 after = server.cpu_s()
                 note(name, mine / reference)
                 if streams == 1:
+                    note("throughput-quic", await _push_many(lambda: over_quic(SINK), 1, size) / reference)
                     note("MB-per-s-1-stream", mine / MB)
                     note("MB-per-s-SSLStream", reference / MB)
                     note("cpu-s-per-GB", (middle - before) / size * 1e9)
@@ -327,16 +370,32 @@ async def _measure(server: _Server, runs: int, scale: float, security: str) -> l
                 mine = await _rtt(lambda: ours(ECHO), length, count)
                 note(name, mine / await _rtt(lambda: server.open_tls(b"e"), length, count))
                 note(f"{name}-us", mine * 1e6)
+            reference = await _rtt(lambda: server.open_tls(b"e"), 1024, 400)
+            note("rtt-1KB-quic", await _rtt(lambda: over_quic(ECHO), 1024, 400) / reference)
             note("rtt-1KB-beside-bulk-p95", await _beside_bulk(host, server.peer, 50 * MB))
             mine, reference = await _throughput_60ms(server, int(25 * scale) * MB)
             note("throughput-60ms", mine / reference)
+            note("throughput-relayed", await _throughput_relayed(server, int(25 * scale) * MB) / mine)
+            async with _relayed_host(server, server.relay) as relayed:
+
+                async def through(protocol: str, host: Host = relayed) -> Stream:
+                    return await host.open_stream(server.peer.peer_id, [protocol])
+
+                speed = await _push_many(functools.partial(through, SINK), 1, size)
+                note("throughput-relayed-loopback", speed / MB / statistics.median(values["MB-per-s-1-stream"]))
+                note("rtt-1KB-relayed-us", await _rtt(functools.partial(through, ECHO), 1024, 400) * 1e6)
     goals = {
         "throughput-1-stream": ("x SSLStream", 2.0, "higher"),
         "throughput-8-streams": ("x SSLStream", 2.0, "higher"),
+        "throughput-quic": ("x SSLStream", 0.25, "higher"),
         "rtt-1KB": ("x SSLStream", 1.5, "lower"),
         "rtt-56KB": ("x SSLStream", 1.2, "lower"),
         "rtt-1KB-beside-bulk-p95": ("x idle", 3.0, "lower"),
         "throughput-60ms": ("x raw TCP", 0.8, "higher"),
+        "throughput-relayed": ("x direct", 0.7, "higher"),
+        "throughput-relayed-loopback": ("x direct", None, "higher"),
+        "rtt-1KB-relayed-us": ("us", None, "lower"),
+        "rtt-1KB-quic": ("x SSLStream", None, "lower"),
         "cpu-s-per-GB": ("s", None, "lower"),
         "cpu-s-per-GB-SSLStream": ("s", None, "lower"),
         "MB-per-s-1-stream": ("MB/s", None, "higher"),
@@ -376,9 +435,14 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="of the amounts moved (default: 1)")
     parser.add_argument("--security", choices=("noise", "tls"), default="noise", help="default: noise")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--through", type=parse_peer, help=argparse.SUPPRESS)
+    parser.add_argument("--relay", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.relay:
+        trio.run(_relay)
+        return
     if options.serve is not None:
-        trio.run(_serve, options.serve)
+        trio.run(_serve, options.serve, options.through)
         return
     with _server() as server:
         figures = trio.run(_measure, server, options.runs, options.scale, options.security)

@@ -96,11 +96,12 @@ class TestSwarm:
         identity: Identity | None = None,
         max_blocks: int | None = None,
         engine: EngineSettings = ENGINE,
+        resume_s: float = 0.2,
     ) -> RunningNode:
         """Start a node and wait until it serves."""
         if isinstance(checkpoint, Path):
             checkpoint = Checkpoint.open(checkpoint)
-        settings = NodeSettings(span=span, max_blocks=max_blocks, engine=engine)
+        settings = NodeSettings(span=span, max_blocks=max_blocks, engine=engine, resume_s=resume_s)
         node: RunningNode = await self.nursery.start(
             _run_node, self.network, self.bootstrap, checkpoint, settings, identity or Identity.generate()
         )

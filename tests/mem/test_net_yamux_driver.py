@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import trio
 import trio.testing
@@ -420,3 +422,29 @@ async def test_cancelling_run_fails_its_streams_and_closes_the_channel(autojump_
         await stream.receive_some()
     wire = await receive_all(far)  # ends, therefore closed
     assert Header.decode(wire, len(wire) - HEADER_BYTES).type is Type.GO_AWAY
+
+
+async def test_frames_that_came_with_the_last_words_of_the_negotiation_count(autojump_clock: MockClock) -> None:
+    """Whoever reads the channel before the muxer does may be given a batch of which it needs the first record alone."""
+
+    class Batches(PlainChannel):
+        """The first record and what follows it are one batch."""
+
+        async def receive_batch(self) -> Sequence[bytes]:
+            data = b"".join(await super().receive_batch())
+            return [data[:5], data[5:]] if data.startswith(b"words") else [data][: len(data)]
+
+    near, far = trio.testing.memory_stream_pair()
+    channel = Batches(near, seeded(1).peer_id)
+    opened = trio.Event()
+
+    async def on_stream(stream: YamuxStream) -> None:
+        opened.set()
+        stream.reset()
+
+    await far.send_all(b"words" + Header(Type.WINDOW_UPDATE, Flags.SYN, 2, 0).encode())
+    assert await channel.receive_some(5) == b"words"
+    async with trio.open_nursery() as nursery:
+        await nursery.start(YamuxConnection(channel, client=True).run, on_stream)
+        await opened.wait()
+        nursery.cancel_scope.cancel()

@@ -19,6 +19,7 @@ from client.models.cache import SessionCache
 from compute.checkpoint import Checkpoint
 from compute.engine import Engine, EngineSettings
 from net.errors import RpcError
+from net.host import open_host
 from net.identity import Identity
 from net.protocol import session as wire
 from net.rpc import lane
@@ -177,6 +178,88 @@ async def test_a_client_that_goes_frees_the_nodes(odd: Reference) -> None:
         for connection in swarm.client.host.swarm.connections:
             connection.mux.close()
         await until(lambda: all(node.sessions == 0 and node.cached_tokens == 0 for node in swarm.nodes))
+
+
+# Another way to the same node
+
+
+def steps(swarm: TestSwarm) -> list[int]:
+    return [node.node.engine.stats.steps for node in swarm.nodes]
+
+
+async def resumable(swarm: TestSwarm, odd: Reference) -> tuple[Any, SessionCache, list[list[int]]]:
+    """A model, and a session of it with four tokens generated."""
+    for span in TWO:
+        await swarm.add_node(odd.folder, span, resume_s=60)
+    model = await swarm.model(odd.folder)
+    session: SessionCache = await blocking(model.session)
+    return model, session, await blocking(lambda: greedy(model, PROMPT, 4, session=session))
+
+
+async def test_a_session_goes_on_after_its_connections_broke(odd: Reference) -> None:
+    async with swarm_of() as swarm:
+        model, session, ids = await resumable(swarm, odd)
+        before = steps(swarm)
+        for number in range(3):
+            for connection in swarm.client.host.swarm.connections:
+                connection.mux.close()
+            ids = await blocking(lambda: greedy(model, torch.tensor(ids), 2, session=session))  # noqa: B023
+            assert ids == greedy(odd.model, PROMPT, 6 + 2 * number)
+        # At most the step that met the broken connection was computed twice; nothing was sent again.
+        assert all(after - earlier <= 3 * 3 for after, earlier in zip(steps(swarm), before, strict=True))
+        assert [node.sessions for node in swarm.nodes] == [1, 1]
+        await blocking(session.close)
+        await until(lambda: all(node.sessions == 0 for node in swarm.nodes))
+
+
+async def test_a_session_leaves_the_relay_when_there_is_a_direct_way(odd: Reference) -> None:
+    async with swarm_of() as swarm:
+        model, session, ids = await resumable(swarm, odd)
+        host, node = swarm.client.host, swarm.nodes[0]
+        before = steps(swarm)
+        relayed = host.swarm.connection(node.peer_id)
+        assert relayed is not None
+        vars(relayed)["relayed"] = True  # as if it were
+        streams = relayed.mux.open_streams
+        direct = await host.swarm.punch(node.peer_id, node.host.addresses, listener=False)
+        assert host.swarm.connection(node.peer_id) is direct
+        ids = await blocking(lambda: greedy(model, torch.tensor(ids), 2, session=session))
+        assert ids == greedy(odd.model, PROMPT, 6)
+        assert [after - earlier for after, earlier in zip(steps(swarm), before, strict=True)] == [2, 2]
+        assert (relayed.mux.open_streams, direct.mux.open_streams) == (streams - 1, 1)
+        await blocking(session.close)
+
+
+async def test_nobody_else_can_resume_a_session(odd: Reference) -> None:
+    async with swarm_of() as swarm:
+        _, session, _ = await resumable(swarm, odd)
+        node = swarm.nodes[0]
+        [token] = node.node.held
+        async with open_host(Identity.generate(), transports=[swarm.network.transport()]) as thief:
+            stream = await thief.open_stream(node.peer_id, [wire.PROTOCOL_ID], node.host.addresses)
+            async with lane.Lane(stream, node.peer_id) as stolen_lane:
+                for stolen in (token, bytes(16)):
+                    with pytest.raises(RpcError, match="no such session"):
+                        await stolen_lane.call("resume", {"token": stolen}, timeout_s=5)
+                with pytest.raises(RpcError, match="token of 3 bytes"):
+                    await stolen_lane.call("resume", {"token": b"abc"}, timeout_s=5)
+        assert node.sessions == 1
+        await blocking(session.close)
+
+
+async def test_sessions_that_wait_to_be_resumed_are_few(odd: Reference) -> None:
+    async with swarm_of() as swarm:
+        node = await swarm.add_node(odd.folder, (0, 5), resume_s=60)
+        model = await swarm.model(odd.folder)
+        sessions: list[SessionCache] = [
+            await blocking(model.session) for _ in range(compute.node.MAX_LEFT_PER_PEER + 2)
+        ]
+        for session in sessions:
+            await blocking(lambda: greedy(model, PROMPT, 1, session=session))  # noqa: B023
+        assert node.sessions == compute.node.MAX_LEFT_PER_PEER + 2
+        for connection in swarm.client.host.swarm.connections:
+            connection.mux.close()
+        await until(lambda: node.sessions == compute.node.MAX_LEFT_PER_PEER)
 
 
 async def test_room_may_be_reserved(odd: Reference) -> None:

@@ -170,10 +170,48 @@ def test_status_on_a_terminal_of_80_columns(
     for node in nodes:
         start, end = node["start"], node["end"]
         bar = "." * start + "#" * (end - start) + "." * (8 - end)
-        row = re.search(rf"^ *{start}:{end} +{re.escape(bar)} +(\w+) +\d+ tokens/s +[\d.]+ ms *$", output, re.MULTILINE)
+        row = re.search(
+            rf"^ *{start}:{end} +{re.escape(bar)} +(\w+) +unknown +\d+ tokens/s +[\d.]+ ms *$", output, re.MULTILINE
+        )
         assert row is not None, output
         assert node["peer_id"].startswith(row[1])
-        assert node["peer_id"].removeprefix(row[1]) in output  # folded, not cut
+        width = len(row[1])
+        for start in range(0, len(node["peer_id"]), width):  # folded, not cut
+            assert node["peer_id"][start : start + width] in output
+
+
+def test_doctor_in_a_swarm_on_this_machine(relay: str, tmp_path: Path) -> None:
+    common = ("doctor", "--no-port-mapping", "--listen", LOOPBACK)
+    outcome = run(tmp_path, *common, "--bootstrap", relay, "--json")
+    assert outcome.errors == ""
+    checks = {check["name"]: check for check in outcome.json["checks"]}
+    assert checks["ports"]["state"] == checks["bootstrap"]["state"] == "ok"
+    assert checks["from outside"]["text"].startswith("unknown: ")
+    assert outcome.status == (0 if outcome.json["ok"] else 1)
+    nobody = relay.replace(relay[-8:], "22222222")
+    outcome = run(tmp_path, *common, "--bootstrap", nobody)
+    assert outcome.status == 1
+    assert "BAD  bootstrap: " in outcome.output
+    assert "     check that the node runs" in outcome.output
+
+
+def test_a_private_swarm_keeps_others_out(tmp_path: Path) -> None:
+    ours, other = tmp_path / "ours.key", tmp_path / "other.key"
+    for path, digits in ((ours, "0f"), (other, "f0")):
+        path.write_text(f"/key/swarm/psk/1.0.0/\n/base16/\n{digits * 32}\n")
+    private = ("relay", "--swarm-key", str(ours), "--listen", LOOPBACK, "--no-port-mapping")
+    with started(tmp_path / "home", *private) as command:
+        address = command.line()
+        outcome = run(tmp_path, "status", "--swarm-key", str(ours), "--bootstrap", address)
+        assert (outcome.status, outcome.errors) == (0, "")
+        outcome = run(tmp_path, "ping", "--swarm-key", str(other), "--count", "1", address)
+        assert outcome.status == 1
+        assert "another swarm key" in outcome.errors
+        outcome = run(tmp_path, "ping", "--count", "1", address)
+        assert outcome.status == 1
+    outcome = run(tmp_path, "ping", "--swarm-key", str(tmp_path / "none"), address)
+    assert outcome.status == 1
+    assert "make one with" in outcome.errors
 
 
 def test_a_node_that_is_told_to_go_withdraws(relay: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

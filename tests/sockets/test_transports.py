@@ -10,6 +10,7 @@ import trio
 
 from net.addresses import Multiaddr
 from net.transports.memory import MemoryNetwork
+from net.transports.quic import QuicTransport
 from net.transports.socket_stream import SocketStream
 from net.transports.tcp import TcpTransport
 from net.transports.websocket import WebSocketTransport
@@ -18,7 +19,8 @@ from tests.transport_conformance import Rig, TransportConformance
 TCP = Multiaddr("/ip4/127.0.0.1/tcp/0")
 WEBSOCKET = Multiaddr("/ip4/127.0.0.1/tcp/0/ws")
 MEMORY = Multiaddr("/memory/0")
-OTHERS = [Multiaddr("/ip4/127.0.0.1/udp/4001/quic-v1"), Multiaddr("/ip4/127.0.0.1/tcp/4001/tls/ws")]
+QUIC = Multiaddr("/ip4/127.0.0.1/udp/0/quic-v1")
+OTHERS = [Multiaddr("/ip4/127.0.0.1/udp/4001/quic-v1/webtransport"), Multiaddr("/ip4/127.0.0.1/tcp/4001/tls/ws")]
 
 
 @asynccontextmanager
@@ -36,6 +38,33 @@ async def nobody_websocket() -> AsyncIterator[Multiaddr]:
 
 
 @asynccontextmanager
+async def nobody_quic() -> AsyncIterator[Multiaddr]:
+    """A port that hears one stranger alone: the system refuses what others send there."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.connect(("127.0.0.1", 9))
+        yield Multiaddr(f"/ip4/127.0.0.1/udp/{taken.getsockname()[1]}/quic-v1")
+
+
+@asynccontextmanager
+async def babbling_quic(words: bytes) -> AsyncIterator[Multiaddr]:
+    """Answers every datagram with the same words, if there are any."""
+
+    async def babble(udp: trio.socket.SocketType) -> None:
+        while True:
+            _, who = await udp.recvfrom(65_536)
+            if words:
+                await udp.sendto(words, who)
+
+    with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+        await udp.bind(("127.0.0.1", 0))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(babble, udp)
+            yield Multiaddr(f"/ip4/127.0.0.1/udp/{udp.getsockname()[1]}/quic-v1")
+            nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
 async def nobody_memory() -> AsyncIterator[Multiaddr]:
     yield Multiaddr("/memory/4711")
 
@@ -45,7 +74,7 @@ class TestTcp(TransportConformance):
         return Rig(
             make=TcpTransport,
             anywhere=TCP,
-            foreign=[MEMORY, WEBSOCKET, *OTHERS],
+            foreign=[MEMORY, WEBSOCKET, QUIC, *OTHERS],
             nobody=nobody_tcp,
             abrupt=None,  # the kernel ends a killed program's connections as if it had closed them
         )
@@ -56,9 +85,21 @@ class TestWebSocket(TransportConformance):
         return Rig(
             make=WebSocketTransport,
             anywhere=WEBSOCKET,
-            foreign=[MEMORY, TCP, *OTHERS],
+            foreign=[MEMORY, TCP, QUIC, *OTHERS],
             nobody=nobody_websocket,
             abrupt=trio.BrokenResourceError,  # there was no close frame
+        )
+
+
+class TestQuic(TransportConformance):
+    def rig(self) -> Rig:
+        return Rig(
+            make_for=QuicTransport,
+            anywhere=QUIC,
+            foreign=[MEMORY, TCP, WEBSOCKET, *OTHERS],
+            nobody=nobody_quic,
+            abrupt=None,  # streams are ended by whoever drops them
+            babbling=babbling_quic,
         )
 
 
@@ -72,7 +113,7 @@ class TestMemory(TransportConformance):
         return Rig(
             make=self.network.transport,
             anywhere=MEMORY,
-            foreign=[TCP, WEBSOCKET, *OTHERS],
+            foreign=[TCP, WEBSOCKET, QUIC, *OTHERS],
             nobody=nobody_memory,
             abrupt=None,  # as TCP
         )

@@ -1,6 +1,8 @@
 // A js-libp2p peer, driven by JSON lines: commands on standard input, answers on standard output.
 //
-//   node peer.mjs tcp|ws noise|tls
+//   node peer.mjs tcp|ws|quic noise|tls [serve|dial|RELAY]     (QUIC has its own security, which is TLS)
+//
+// The last word: be a relay, be able to dial through relays, or hold a reservation at the relay of that address.
 //
 // First line out: {"peer": ID, "addresses": [...]}. Then for each {"id", "do", ...} one {"id", "result"} or
 // {"id", "error"}: echo {address, bytes}, ping {address}, identify {address}. Ends with its standard input.
@@ -11,7 +13,9 @@
 import { randomBytes } from 'node:crypto'
 import { createInterface } from 'node:readline'
 import { noise } from '@chainsafe/libp2p-noise'
+import { quic } from '@chainsafe/libp2p-quic'
 import { yamux } from '@chainsafe/libp2p-yamux'
+import { circuitRelayServer, circuitRelayTransport } from '@libp2p/circuit-relay-v2'
 import { identify } from '@libp2p/identify'
 import { ping } from '@libp2p/ping'
 import { tcp } from '@libp2p/tcp'
@@ -22,9 +26,16 @@ import { createLibp2p } from 'libp2p'
 
 const ECHO = '/raceme-interop/echo/1'
 const PIECE_BYTES = 64 * 1024
+const ANY_CONNECTION = { runOnLimitedConnection: true } // also through relays that limit what passes
 const STEP_MS = 60_000 // no command takes longer
 
-const [transport, security] = process.argv.slice(2)
+const TRANSPORTS = {
+  tcp: { listen: '/ip4/127.0.0.1/tcp/0', make: tcp },
+  ws: { listen: '/ip4/127.0.0.1/tcp/0/ws', make: webSockets },
+  quic: { listen: '/ip4/127.0.0.1/udp/0/quic-v1', make: quic }
+}
+const [transport, security, relaying] = process.argv.slice(2)
+const through = relaying?.startsWith('/') ? [`${relaying}/p2p-circuit`] : []
 
 async function send (stream, bytes) {
   if (!stream.send(bytes)) {
@@ -56,7 +67,7 @@ async function answer (stream) {
 
 async function echo (node, address, count) {
   const connection = await node.dial(multiaddr(address))
-  const stream = await connection.newStream(ECHO)
+  const stream = await connection.newStream(ECHO, ANY_CONNECTION)
   const sent = randomBytes(count)
   const start = performance.now()
   const sending = (async () => {
@@ -104,15 +115,19 @@ function say (line) {
 }
 
 const node = await createLibp2p({
-  addresses: { listen: [`/ip4/127.0.0.1/tcp/0${transport === 'ws' ? '/ws' : ''}`] },
-  transports: [transport === 'ws' ? webSockets() : tcp()],
+  addresses: { listen: [TRANSPORTS[transport].listen, ...through] },
+  transports: [TRANSPORTS[transport].make(), ...(relaying === undefined ? [] : [circuitRelayTransport()])],
   connectionEncrypters: [security === 'tls' ? tls() : noise()],
   streamMuxers: [yamux()],
-  services: { identify: identify(), ping: ping() }
+  services: {
+    identify: identify(),
+    ping: ping(ANY_CONNECTION),
+    ...(relaying === 'serve' ? { relay: circuitRelayServer({ reservations: { applyDefaultLimit: false } }) } : {})
+  }
 })
 await node.handle(ECHO, (stream) => {
   answer(stream).catch((error) => stream.abort(error))
-})
+}, ANY_CONNECTION)
 say({ peer: node.peerId.toString(), addresses: node.getMultiaddrs().map(String) })
 
 for await (const line of createInterface({ input: process.stdin })) {
