@@ -24,7 +24,7 @@ from net.security.base import RECORD_BYTES
 INITIAL_WINDOW_BYTES = 256 * 1024  # the specification's
 SHORT_BYTES = RECORD_BYTES  # a stream with no more than this to send goes before those with more
 TALK_TURNS = 64  # of bulk, out or in, that count as beside the last short message
-QUICK_S = 0.001  # on the shortest paths; there, round trips are too short to tell
+QUICK_S = 0.002  # on the shortest paths; there, round trips are too short to tell
 MIN_FRAME_BYTES = 4096  # of the turn of a stream with more
 FORGOTTEN_FRAME_BYTES = 1024 * 1024  # one frame that was on its way when we reset its stream
 
