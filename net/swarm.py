@@ -271,8 +271,10 @@ class Swarm:
         with trio.move_on_after(self._limits.dial_s):
             transport = self._transport_for(address)
             if role is _Role.PUNCHED_LISTENER and isinstance(transport, PunchingTransport):
-                await transport.punch(address)
-                raise errors.DialError(f"{address}: the peer's dial has not come through")
+                # The peer dials; if that has not come through by then, perhaps ours does: its NAT may let in what ours
+                # sends, while ours sends from a port that it does not know.
+                with trio.move_on_after(ROLE_PATIENCE_S):
+                    await transport.punch(address)
             arrived = await transport.dial(address, peer_id)
             connection: Connection = await self._nursery.start(self._carry, arrived, peer_id, role)
             return connection

@@ -39,6 +39,7 @@ from net.relay.server import RelayServer
 CIRCUIT = "/p2p-circuit"
 MAX_ORDER_BYTES = 65536
 RESERVE_S = 10.0  # for a reservation
+COUNTED_S = 1.0
 LOOK_S = 0.02  # how often it is looked whether a relayed connection has become a direct one
 
 
@@ -107,6 +108,9 @@ async def _present(host: Host, relay: str | None, nursery: trio.Nursery) -> Pres
 
 async def _do(host: Host, presence: Presence, order: dict[str, Any]) -> dict[str, Any]:
     if order["do"] == "punches":
+        with trio.move_on_after(COUNTED_S):  # the other side may know of the connection before this one does
+            while not presence.puncher.successes:  # noqa: ASYNC110  nothing tells of it
+                await trio.sleep(LOOK_S)
         return {"tries": presence.puncher.tries, "successes": presence.puncher.successes}
     peer = PeerId.from_string(order["peer"])
     if order["do"] == "connect":
