@@ -14,7 +14,7 @@ from contextlib import aclosing
 import trio
 
 from interop import lab
-from interop.lab import dials, ends, lines, matrix, nat, probes
+from interop.lab import dials, ends, generation, lines, matrix, nat, probes
 from interop.lab.probes import Finding
 from tests.bench import report
 from tests.bench.report import Figure, figure
@@ -125,6 +125,10 @@ async def _dials(found: Lab) -> None:
     await found.claims("dials", dials.run())
 
 
+async def _generation(found: Lab) -> None:
+    await found.claims("generation", generation.run())
+
+
 async def _matrix(found: Lab) -> None:
     attempts = []
     coming = matrix.run(runs=found.runs, transports=found.transports)
@@ -147,6 +151,7 @@ PARTS: dict[str, Callable[[Lab], Awaitable[None]]] = {
     "lines": _lines,
     "dials": _dials,
     "matrix": _matrix,
+    "generation": _generation,
     "ends": _ends,
 }
 
