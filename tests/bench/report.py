@@ -39,13 +39,13 @@ class Figure:
 def figure(name: str, values: Sequence[float], unit: str, *, better: str, goal: float | None = None) -> Figure:
     return Figure(
         name=name,
-        value=round(statistics.median(values), 4),
+        value=statistics.median(values),
         unit=unit,
         goal=goal,
         better=better,
         runs=len(values),
-        min=round(min(values), 4),
-        max=round(max(values), 4),
+        min=min(values),
+        max=max(values),
     )
 
 
