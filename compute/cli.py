@@ -88,7 +88,6 @@ def run_serve(options: argparse.Namespace) -> int:
     from compute.node import Node, NodeSettings
     from net.dht.service import Dht
     from net.nurseries import open_service_nursery
-    from net.presence import run_presence
 
     bootstrap = console.bootstrap_addresses(options)
     listen = console.listen_addresses(options)
@@ -105,10 +104,7 @@ def run_serve(options: argparse.Namespace) -> int:
     async def serve(host: Host) -> None:
         dht = Dht(host, server=True)
         async with open_service_nursery() as nursery:
-            mapper = console.port_mapper(options)
-            await nursery.start(partial(run_presence, host, dht, bootstrap=bootstrap, mapper=mapper))
-            if (mdns := console.mdns(options, host)) is not None:
-                await nursery.start(mdns.run)
+            await console.start_presence(options, host, dht, bootstrap, nursery)
             await dht.join(bootstrap)
             await nursery.start(dht.run)
             offer = await _start(nursery, Node(host, dht, checkpoint, settings), checkpoint.name)

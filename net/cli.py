@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from contextlib import aclosing
-from functools import partial
 
 from net import console
 
@@ -69,7 +68,6 @@ def run_relay(options: argparse.Namespace) -> int:
     from net.dht.service import Dht
     from net.host import Host
     from net.nurseries import open_service_nursery
-    from net.presence import run_presence
     from net.relay.reservations import RelayLimits
     from net.relay.server import RelayServer
 
@@ -84,10 +82,7 @@ def run_relay(options: argparse.Namespace) -> int:
     async def relay(host: Host) -> None:
         dht = Dht(host, server=True)
         async with open_service_nursery() as nursery:
-            mapper = console.port_mapper(options)
-            await nursery.start(partial(run_presence, host, dht, bootstrap=bootstrap, mapper=mapper))
-            if (mdns := console.mdns(options, host)) is not None:
-                await nursery.start(mdns.run)
+            await console.start_presence(options, host, dht, bootstrap, nursery)
             if options.max_reservations:
                 await nursery.start(RelayServer(host, limits).run)
             await dht.join(bootstrap)

@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import trio
 
     from net.addresses import Multiaddr, PeerAddress
+    from net.dht.service import Dht
     from net.host import Host
     from net.identity import Identity
     from net.mdns import Mdns
@@ -246,6 +248,17 @@ def swarm_key(options: argparse.Namespace) -> SwarmKey | None:
     from net.security.swarm_key import SwarmKey
 
     return None if options.swarm_key is None else SwarmKey.load(options.swarm_key)
+
+
+async def start_presence(
+    options: argparse.Namespace, host: Host, dht: Dht, bootstrap: Sequence[PeerAddress], nursery: trio.Nursery
+) -> None:
+    """Be found and reached, as ``--no-port-mapping`` and ``--no-mdns`` allow, until ``nursery`` ends."""
+    from net.presence import run_presence
+
+    await nursery.start(partial(run_presence, host, dht, bootstrap=bootstrap, mapper=port_mapper(options)))
+    if (found := mdns(options, host)) is not None:
+        await nursery.start(found.run)
 
 
 def mdns(options: argparse.Namespace, host: Host) -> Mdns | None:

@@ -1,12 +1,11 @@
 """Yamux without I/O: bytes and the time go in; events and bytes come out.
 
 The driver feeds ``receive_data`` and acts on the events, calls the stream methods, and sends what
-``data_to_send`` gives. Small things first: control frames before data, and data of the open streams
-in turns that share a batch, so that no stream waits for more than one batch of the others.
+``data_to_send`` gives. Small things first: control frames before data, streams with little to send before
+those with bulk, which take turns and always move on a little.
 
 Flow control: each side may have at most one window of bytes on its way in a stream. Ours is enforced:
-a peer that sends more than it was given has broken the protocol. A window of which half is used up within two
-of the least round trips seen doubles, up to ``max_window_bytes``.
+a peer that sends more than it was given has broken the protocol. How it grows and shrinks is ``_next_window``.
 """
 
 from __future__ import annotations

@@ -185,12 +185,6 @@ class Reachability:
         return self._evidence
 
     @property
-    def public_endpoints(self) -> list[Endpoint]:
-        """Where the NAT seems to lead to what we listen on: for those who want to meet us half-way."""
-        found = [endpoint for local in self._local_endpoints() for endpoint in self._observed.confirmed(local)]
-        return list(dict.fromkeys(found))
-
-    @property
     def sights(self) -> list[Endpoint]:
         """Where others see us now, what most of them see first: also what too few see to be announced."""
         return [where for where, _ in Counter(where for _, _, where in self._sights.values()).most_common()]
@@ -290,10 +284,6 @@ class Reachability:
                 self._seen_outside_at = now
 
     # Concluding
-
-    def _local_endpoints(self) -> list[Endpoint]:
-        found = (endpoints.read(address) for address in self._host.listening)
-        return [endpoint for endpoint in found if endpoint is not None]
 
     def _update(self) -> None:
         if self.mapper is not None:

@@ -224,7 +224,7 @@ async def test_behind_a_nat_that_keeps_its_ports_it_can_be_met(autojump_clock: M
     internet = Internet()
     async with among_peers(internet.machine(INNER, internet.router("45.1.0.1")), internet) as node:
         assert node.reachability.kind is Kind.PUNCHABLE
-        (outer,) = node.reachability.public_endpoints
+        (outer,) = node.reachability.sights
         assert (str(outer.ip), outer.transport) == ("45.1.0.1", "tcp")
         assert node.wants == [0, 2]
         assert node.host.addresses == [tcp(INNER, 4001)]
@@ -236,7 +236,7 @@ async def test_behind_a_symmetric_nat_only_relays_are_left(autojump_clock: MockC
     router = internet.router("45.1.0.1", symmetric=True)
     async with among_peers(internet.machine(INNER, router), internet, peers=peers) as node:
         assert node.reachability.kind is Kind.RELAY_ONLY
-        assert node.reachability.public_endpoints == []
+        assert len(node.reachability.sights) == peers  # each sees another port
         assert node.wants == [0, 2]
 
 

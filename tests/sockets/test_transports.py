@@ -6,9 +6,12 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import ifaddr
+import pytest
 import trio
 
 from net.addresses import Multiaddr
+from net.transports.base import Accept, Arrived, RawConnection
 from net.transports.memory import MemoryNetwork
 from net.transports.quic import QuicTransport
 from net.transports.socket_stream import SocketStream
@@ -144,3 +147,37 @@ async def test_a_socket_takes_no_more_than_it_is_told_to_hold_unsent() -> None:
     assert stuffed() > 0
     await near.aclose()
     await far.aclose()
+
+
+def _outer_ip() -> str:
+    found = (ip.ip for adapter in ifaddr.get_adapters() for ip in adapter.ips if isinstance(ip.ip, str))
+    return next((ip for ip in found if not ip.startswith("127.")), "")
+
+
+@pytest.mark.skipif(not _outer_ip(), reason="this machine has no address but its own")
+@pytest.mark.parametrize("listens", [True, False])
+async def test_all_dials_go_out_from_one_port(listens: bool) -> None:
+    async def hold(arrived: Arrived) -> None:
+        assert isinstance(arrived, RawConnection)
+        async with arrived.stream:
+            await trio.sleep_forever()
+
+    ours = TcpTransport()
+    anywhere = Multiaddr("/ip4/0.0.0.0/tcp/0")
+    async with trio.open_nursery() as nursery:
+        ports = [await _port(nursery, TcpTransport(), anywhere, hold) for _ in range(2)]
+        own = await _port(nursery, ours, anywhere, hold) if listens else None
+        targets = [Multiaddr(f"/ip4/{_outer_ip()}/tcp/{port}") for port in ports]
+        dialled = [await ours.dial(target) for target in [*targets, targets[0]]]
+        first, second, again = [str(each.local).rpartition("/")[2] for each in dialled]
+        assert first == second
+        assert again != first  # that one is taken by the connection that is there
+        assert own in (None, first)
+        for each in dialled:
+            await each.stream.aclose()
+        nursery.cancel_scope.cancel()
+
+
+async def _port(nursery: trio.Nursery, transport: TcpTransport, address: Multiaddr, accept: Accept) -> str:
+    (bound,) = await nursery.start(transport.listen, address, accept)
+    return str(bound).rpartition("/")[2]
