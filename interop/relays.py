@@ -11,67 +11,22 @@ no streams over circuits so limited: these pairs get a small echo, and are left 
 from __future__ import annotations
 
 import itertools
-import os
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AsyncExitStack
 
 import trio
 
-from interop.peers.base import ECHO, NO_RELAYING, Driver, Peer, PeerError, Relaying, Sight, answer_echo, request_echo
+from interop.peers.base import Driver, Peer, PeerError, Relaying
 from interop.peers.fetch import FetchError
-from interop.suite import Result
+from interop.peers.ours import OURS, OurDriver
+from interop.suite import Result, reasons
 from net import errors
-from net.addresses import PeerAddress, parse, relayed_by
-from net.host import Host, open_host
-from net.identity import Identity
-from net.ping import ping_once
-from net.relay.server import RelayServer
+from net.addresses import PeerAddress, relayed_by
 
-OURS = "ours"
 CASE_S = 40.0
 RESERVED_S = 15.0  # for a foreign listener to hold its reservation
 RETRY_S = 0.5
 ECHO_BYTES, LIMITED_ECHO_BYTES = 1_000_000, 30_000
-
-
-class OurDriver:
-    """Our host behind the interface of the foreign ones."""
-
-    name = OURS
-
-    def fetch(self) -> None:
-        """It is here."""
-
-    @asynccontextmanager
-    async def start(self, transport: str, security: str, relaying: Relaying = NO_RELAYING) -> AsyncIterator[OurPeer]:
-        listen = [parse("/ip4/127.0.0.1/tcp/0")]
-        if relaying.through is not None:
-            listen.append(relayed_by(relaying.through))
-        async with open_host(Identity.generate(), listen=listen) as host, trio.open_nursery() as nursery:
-            host.handle(ECHO, lambda _, stream: answer_echo(stream))
-            if relaying.serves:
-                await nursery.start(RelayServer(host).run)
-            yield OurPeer(host)
-            nursery.cancel_scope.cancel()
-
-
-class OurPeer:
-    def __init__(self, host: Host) -> None:
-        self._host = host
-        self.address = host.peer_addresses[0]
-
-    async def echo(self, to: PeerAddress, count: int) -> float:
-        if not (await self._host.connect(to.peer_id, [to.address])).relayed:
-            raise PeerError("the connection does not go through the relay")
-        async with self._host.stream(to.peer_id, [ECHO]) as stream:
-            return await request_echo(stream, os.urandom(count))
-
-    async def ping(self, to: PeerAddress) -> float:
-        await self._host.connect(to.peer_id, [to.address])
-        return await ping_once(self._host, to.peer_id)
-
-    async def identify(self, to: PeerAddress) -> Sight:
-        raise PeerError("not needed here")
 
 
 async def run(drivers: Sequence[Driver]) -> AsyncGenerator[Result, None]:
@@ -110,7 +65,7 @@ async def _run_case(by_name: Mapping[str, Driver], relay: str, listener: str, di
                 echo_s = await source.echo(where, LIMITED_ECHO_BYTES if relay == "go" else ECHO_BYTES)
                 ping_s = min([await source.ping(where) for _ in range(3)])
     except* (errors.NetError, PeerError, OSError) as group:
-        failure = "; ".join(_reasons(group))
+        failure = "; ".join(reasons(group))
     except* trio.TooSlowError:
         failure = f"not done within {CASE_S:g} s"
     return Result(
@@ -136,9 +91,3 @@ async def _until_reserved(source: Peer, where: PeerAddress) -> None:
                 await trio.sleep(RETRY_S)
             else:
                 return
-
-
-def _reasons(error: BaseException) -> list[str]:
-    if isinstance(error, BaseExceptionGroup):
-        return [reason for inner in error.exceptions for reason in _reasons(inner)]
-    return [f"{type(error).__name__}: {error}"]

@@ -46,19 +46,36 @@ class Mismatch(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One case. ``failure`` is None when everything in it went well."""
+    """One case. ``failure`` and ``cannot`` are None when everything in it went well.
+
+    Attributes:
+        failure: what went wrong.
+        cannot: why it cannot go well, and how that showed: the foreign peer is not able to, or this machine.
+        took: what there was after ``took_s``.
+    """
 
     peer: str
     transport: str
     security: str
     direction: str
     failure: str | None = None
+    cannot: str | None = None
     echo_s: float | None = None
     ping_s: float | None = None
+    took_s: float | None = None
+    took: str = ""
 
     @property
     def name(self) -> str:
         return f"{self.peer}-{self.transport}-{self.security}-{self.direction.replace(' ', '-')}"
+
+    @property
+    def verdict(self) -> str:
+        if self.failure is not None:
+            return f"FAILED: {self.failure}"
+        if self.cannot is not None:
+            return f"cannot: {self.cannot}"
+        return "ok" if self.took_s is None else f"ok, {self.took} after {self.took_s:.2g} s"
 
 
 async def run(drivers: Sequence[Driver], *, echo_bytes: int) -> AsyncGenerator[Result, None]:
@@ -89,7 +106,7 @@ async def _run_case(driver: Driver, case: tuple[str, str, str, str], echo_bytes:
                     echo_s, ping_s = await _they_dial(peer, host, echo_bytes)
                 _check_connections(host.swarm.connections, transport, security, direction)
     except* (errors.NetError, PeerError, Mismatch, OSError) as group:
-        failure = "; ".join(_reasons(group))
+        failure = "; ".join(reasons(group))
     except* trio.TooSlowError:
         failure = f"not done within {CASE_S:g} s"
     if failure is not None:
@@ -197,7 +214,8 @@ def _address(data: bytes) -> Multiaddr:
     return Multiaddr(data).decapsulate_code(421)
 
 
-def _reasons(error: BaseException) -> list[str]:
+def reasons(error: BaseException) -> list[str]:
+    """Of a group, each one's text."""
     if isinstance(error, BaseExceptionGroup):
-        return [reason for inner in error.exceptions for reason in _reasons(inner)]
+        return [reason for inner in error.exceptions for reason in reasons(inner)]
     return [f"{type(error).__name__}: {error}"]

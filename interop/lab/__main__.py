@@ -1,8 +1,8 @@
 """The lab: everything that runs on the simulated internet, with its tables.
 
-It begins with itself: every NAT and every line is held to what it claims. Then our nodes: dials that need no help, and
-the matrix of all NATs. Needs root (or a kernel that lends it in user namespaces), nftables and iproute2; leaves
-nothing behind.
+It begins with itself: every NAT and every line is held to what it claims. Then our nodes: dials that need no help, the
+matrix of all NATs, and the best paths where things are less simple. Needs root (or a kernel that lends it in user
+namespaces), nftables and iproute2; leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import aclosing
 import trio
 
 from interop import lab
-from interop.lab import dials, ends, generation, lines, matrix, nat, probes
+from interop.lab import dials, ends, generation, lines, matrix, nat, paths, probes
 from interop.lab.probes import Finding
 from tests.bench import report
 from tests.bench.report import Figure, figure
@@ -26,7 +26,7 @@ STARTS = (2, 16)
 def main() -> int:
     parser = report.parser(__doc__)
     parser.prog = "python -m interop.lab"
-    parser.set_defaults(runs=10)
+    parser.set_defaults(runs=None)
     parser.add_argument("--only", action="append", choices=sorted(PARTS), help="this part alone; may be repeated")
     parser.add_argument("--transport", action="append", choices=matrix.TRANSPORTS, help="in the matrix (default: all)")
     options = parser.parse_args()
@@ -60,10 +60,10 @@ def _first(error: BaseException) -> BaseException:
 class Lab:
     """What is to be run, and what has been found."""
 
-    def __init__(self, parts: list[str], as_json: bool, runs: int, transports: list[str] | None) -> None:
+    def __init__(self, parts: list[str], as_json: bool, runs: int | None, transports: list[str] | None) -> None:
         self.parts = parts
         self.out = sys.stderr if as_json else sys.stdout
-        self.runs = runs
+        self.runs = runs  # None: each part's own
         self.transports = transports or list(matrix.TRANSPORTS)
         self.figures: list[Figure] = []
         self.passed = self.total = 0
@@ -125,13 +125,28 @@ async def _dials(found: Lab) -> None:
     await found.claims("dials", dials.run())
 
 
+async def _paths(found: Lab) -> None:
+    outcomes: list[paths.Outcome] = []
+
+    async def findings() -> AsyncGenerator[Finding, None]:
+        async with aclosing(paths.run(runs=found.runs or paths.RUNS)) as coming:
+            async for outcome in coming:
+                outcomes.append(outcome)
+                yield outcome.finding
+
+    await found.claims("paths", findings())
+    found.figures += paths.figures(outcomes)
+    for why in sorted({str(outcome.why) for outcome in outcomes if not outcome.finding.passed and outcome.why}):
+        found.say(f"  why not: {why}")
+
+
 async def _generation(found: Lab) -> None:
     await found.claims("generation", generation.run())
 
 
 async def _matrix(found: Lab) -> None:
     attempts = []
-    coming = matrix.run(runs=found.runs, transports=found.transports)
+    coming = matrix.run(runs=found.runs or matrix.RUNS, transports=found.transports)
     async with aclosing(coming):
         async for attempt in coming:
             attempts.append(attempt)
@@ -151,6 +166,7 @@ PARTS: dict[str, Callable[[Lab], Awaitable[None]]] = {
     "lines": _lines,
     "dials": _dials,
     "matrix": _matrix,
+    "paths": _paths,
     "generation": _generation,
     "ends": _ends,
 }

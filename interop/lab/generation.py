@@ -22,13 +22,13 @@ from interop.lab.probes import Finding, finding
 RTT_MS = 50.0
 PORT = 4001
 PROMPT = "In the beginning"
-TOKENS = 120
+TOKENS, LONG_TOKENS = 60, 320
 SPANS = ("0:3", "3:6", "6:8")
 KINDS = ("full-cone", "port-restricted", "symmetric")
 START_S = 60.0  # of one command
-GENERATION_S = 120.0
+GENERATION_S = 240.0
 SWITCHES = 18
-BETWEEN_S = 1.5  # from one switch to the next
+BETWEEN_S = 5.0  # from one switch to the next
 PAUSE_S = 5.0  # the longest that a user may see
 
 
@@ -38,6 +38,7 @@ class Printed:
 
     text: str = ""
     times: list[float] = field(default_factory=list)
+    begun: trio.Event = field(default_factory=trio.Event)
     status: int | None = None
 
     @property
@@ -53,7 +54,7 @@ async def run() -> AsyncGenerator[Finding, None]:
     machines = [home.host() for home in homes]
     caller = net.home("caller", nat="port-restricted", rtt_ms=RTT_MS).host()
     async with net.up(), AsyncExitStack() as stack:
-        expected = await _alone(caller)
+        expected, long = await _alone(caller)
         known: list[str] = []
         processes: list[trio.Process] = []
         for relay in relays:
@@ -63,15 +64,17 @@ async def run() -> AsyncGenerator[Finding, None]:
         for machine, span in zip(machines, SPANS, strict=True):
             await stack.enter_async_context(_node(machine, span, known))
         printed = Printed()
-        await _generate(caller, known, printed)
+        await _generate(caller, known, printed, TOKENS)
         yield _same("behind NATs: one machine's tokens", expected, printed)
         yield finding("behind NATs: exit status", 0, printed.status)
         printed = Printed()
+        switched: list[str] = []
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_disturb, homes, processes[-1], nursery.cancel_scope)
-            await _generate(caller, known, printed)
+            nursery.start_soon(_disturb, homes, processes[-1], printed, switched)
+            await _generate(caller, known, printed, LONG_TOKENS)
             nursery.cancel_scope.cancel()
-        yield _same("uplinks switched, a relay killed: one machine's tokens", expected, printed)
+        yield finding("uplinks switched, a relay killed: switches", SWITCHES, len(switched))
+        yield _same("uplinks switched, a relay killed: one machine's tokens", long, printed)
         yield Finding(
             name="uplinks switched, a relay killed: longest pause",
             expected=f"at most {PAUSE_S:g} s",
@@ -90,17 +93,20 @@ def _same(name: str, expected: str, printed: Printed) -> Finding:
     )
 
 
-async def _disturb(homes: Sequence[Home], relay: trio.Process, scope: trio.CancelScope) -> None:
-    """New public addresses in turn, and in the midst of it a relay's end."""
+async def _disturb(homes: Sequence[Home], relay: trio.Process, printed: Printed, switched: list[str]) -> None:
+    """Once text comes, new public addresses in turn, and in the midst of it a relay's end."""
+    await printed.begun.wait()
     for number in range(SWITCHES):
         await trio.sleep(BETWEEN_S)
-        await homes[number % len(homes)].renumber()
+        home = homes[number % len(homes)]
+        await home.renumber()
+        switched.append(home.name)
         if number == SWITCHES // 2:
             relay.kill()
 
 
-async def _alone(machine: Host) -> str:
-    """What one machine makes of the prompt: a node with all blocks beside its client."""
+async def _alone(machine: Host) -> list[str]:
+    """What one machine makes of the prompt, once and at length: a node with all blocks beside its client."""
     listen = address("127.0.0.1", PORT)
     async with (
         machine.process(["raceme", "relay", "--json", "--listen", listen, "--until-eof"]) as relay,
@@ -119,9 +125,12 @@ async def _alone(machine: Host) -> str:
         ]
         async with machine.process([*command, "--json", "--until-eof"], stderr=subprocess.DEVNULL) as node:
             await _line(node)
-            printed = Printed()
-            await _generate(machine, [where], printed)
-            return printed.text
+            found = []
+            for tokens in (TOKENS, LONG_TOKENS):
+                printed = Printed()
+                await _generate(machine, [where], printed, tokens)
+                found.append(printed.text)
+            return found
 
 
 @asynccontextmanager
@@ -151,15 +160,16 @@ async def _node(machine: Host, span: str, known: Sequence[str]) -> AsyncIterator
         yield
 
 
-async def _generate(machine: Host, known: Sequence[str], printed: Printed) -> None:
+async def _generate(machine: Host, known: Sequence[str], printed: Printed, tokens: int) -> None:
     bootstrap = [part for each in known for part in ("--bootstrap", each)]
-    command = ["raceme", "generate", "--model", "bloom-tiny", "--max-new-tokens", str(TOKENS), *bootstrap, PROMPT]
+    command = ["raceme", "generate", "--model", "bloom-tiny", "--max-new-tokens", str(tokens), *bootstrap, PROMPT]
     with trio.move_on_after(GENERATION_S):
         async with machine.process(command, stderr=subprocess.DEVNULL) as process:
             if process.stdout is not None:
                 async for data in process.stdout:
                     printed.text += data.decode(errors="replace")
                     printed.times.append(trio.current_time())
+                    printed.begun.set()
             printed.status = await process.wait()
 
 

@@ -1,28 +1,27 @@
 """The 4 x 4 matrix: a node behind each kind of NAT connects to one behind each kind, through a public relay.
 
 ``connected-of-16`` counts pairs that are connected at all, ``direct-of-16`` those that get rid of the relay: 13 is
-what can be had without guessing ports (``nat.can_punch``). Each attempt has new identities and new ports. Four
-pairs, of which no two share a home, are at work at a time.
+what can be had without guessing ports (``nat.can_punch``). Four pairs, of which no two share a home, are at work at a
+time.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import trio
 
 from interop.lab import nat
+from interop.lab.meetings import RTT_MS, known, meet, serve
 from interop.lab.namespaces import LabError
 from interop.lab.network import internet
-from interop.lab.nodes import Node, Reached, address, node
+from interop.lab.nodes import Node, Reached, node
 from tests.bench.report import Figure, figure
 
 TRANSPORTS = ("tcp", "quic")
-RTT_MS = 50.0
-RELAY_PORT = 4001
-WITHIN_S = 15.0
+RUNS = 10
 PAIRS = len(nat.KINDS) ** 2
 DIRECT = sum(nat.can_punch(one, other) for one in nat.KINDS for other in nat.KINDS)
 
@@ -48,16 +47,16 @@ async def run(*, runs: int, transports: Sequence[str] = TRANSPORTS) -> AsyncGene
         nodes = [await stack.enter_async_context(node(machine)) for machine in machines]
         for transport in transports:
             try:
-                await relay.start(transport, port=RELAY_PORT, serve=True)
+                await serve(relay, transport)
             except LabError as error:
                 for attempt in _hopeless(transport, runs, str(error)):
                     yield attempt
                 continue
-            known = f"{address(relay_host.address, RELAY_PORT, transport)}/p2p/{relay.peer_id}"
+            at = known(relay, transport)
             for number in range(runs):
                 for shift in range(len(kinds)):
                     pairs = [(one, (one + shift) % len(kinds)) for one in range(len(kinds))]
-                    for attempt in await _at_once(nodes, pairs, transport, known, number):
+                    for attempt in await _at_once(nodes, pairs, transport, at, number):
                         yield attempt
             await relay.stop()
 
@@ -73,7 +72,7 @@ def _hopeless(transport: str, runs: int, why: str) -> list[Attempt]:
 
 
 async def _at_once(
-    nodes: Sequence[Node], pairs: Sequence[tuple[int, int]], transport: str, relay: str, number: int
+    nodes: Sequence[Node], pairs: Sequence[tuple[int, int]], transport: str, relay: Sequence[str], number: int
 ) -> list[Attempt]:
     kinds = list(nat.KINDS)
     made: list[Attempt] = []
@@ -86,22 +85,6 @@ async def _at_once(
         for one, other in pairs:
             nursery.start_soon(attempt, one, other)
     return made
-
-
-async def meet(caller: Node, callee: Node, transport: str, relay: str) -> Reached:
-    """Both start afresh with the relay; one connects to the other through it; both stop."""
-    started = []
-    try:
-        for each in (callee, caller):
-            await each.start(transport, relay=relay)
-            started.append(each)
-        reached = await caller.connect(callee, relay=relay, within_s=WITHIN_S)
-        return replace(reached, tries=await callee.tries())
-    except LabError as error:
-        return Reached(connected=False, direct=False, why=str(error))
-    finally:
-        for each in started:
-            await each.stop()
 
 
 def figures(attempts: Sequence[Attempt]) -> list[Figure]:

@@ -60,6 +60,11 @@ def can_punch(one: str, other: str) -> bool:
     return True
 
 
+def nested(inner: str, outer: str) -> str:
+    """The kind that two levels of NAT make together: ``KINDS`` has the stricter after the more open."""
+    return max(inner, outer, key=list(KINDS).index)
+
+
 def ruleset(kind: str | None, *, udp: bool = True, hairpin: bool = False, ipv6: bool = False) -> str:
     """The whole ruleset of a router between ``lan0`` and ``wan0``; loading it forgets all mappings.
 

@@ -1,15 +1,19 @@
 """One of our nodes, told what to do by lines of JSON on its standard input; it answers each with one line.
 
-    {"do": "start", "listen": [ADDR, ...], "relay": ADDR or null, "serve": bool}
+    {"do": "start", "listen": [ADDR, ...], "relay": [ADDR, ...], "serve": bool, "in_dht": bool}
         -> {"peer_id": ..., "addresses": [ADDR, ...]}
-    {"do": "connect", "peer": PEERID, "addresses": [ADDR, ...], "relay": ADDR or null, "within_s": S}
-        -> {"connected": bool, "direct": bool, "seconds": S or null, "why": TEXT or null}
+    {"do": "connect", "peer": PEERID, "addresses": [ADDR, ...], "within_s": S}
+        -> {"connected": bool, "direct": bool, "remote": ADDR or null, "seconds": S or null, "why": TEXT or null}
+    {"do": "announce"}                                             -> {}
+    {"do": "find", "peer": PEERID}                                 -> {"addresses": [ADDR, ...]}
     {"do": "punches"}                                              -> {"tries": N, "successes": N}
     {"do": "ping", "peer": PEERID, "count": N}                     -> {"rtt_ms": MEDIAN}
     {"do": "stop"}                                                 -> {}
 
 ``start`` makes a new identity and new sockets, so that nothing of one attempt helps the next. With ``serve`` the node
-relays for others; with ``relay`` it has a reservation there before it answers, if it needs one. What goes wrong is
+relays for others; with ``relay``, which is one relay at all of its addresses that are known, it has a reservation there
+before it answers, if it needs one. With ``in_dht`` it is one of the DHT's servers, which meet each other as they join.
+``announce`` puts its addresses into the DHT, where ``find`` looks for those of another. What goes wrong is
 ``{"error": TEXT}``. It ends with its standard input.
 """
 
@@ -26,6 +30,7 @@ from typing import Any
 import trio
 
 from net import addresses
+from net.dht import keys
 from net.dht.service import Dht
 from net.errors import NetError
 from net.host import Host, open_host
@@ -37,6 +42,7 @@ from net.presence import Presence, run_presence
 from net.relay.server import RelayServer
 
 CIRCUIT = "/p2p-circuit"
+RECORD = "lab"  # the kind of what a node announces
 MAX_ORDER_BYTES = 65536
 RESERVE_S = 10.0  # for a reservation
 COUNTED_S = 1.0
@@ -78,24 +84,24 @@ async def _live(start: dict[str, Any], orders: AsyncGenerator[dict[str, Any], No
     async with open_host(Identity.generate(), listen=listen) as host, open_service_nursery() as nursery:
         if start["serve"]:
             await nursery.start(RelayServer(host).run)
-        presence = await _present(host, start["relay"], nursery)
+        dht = Dht(host, server=start["in_dht"])
+        presence = await _present(host, dht, start["relay"], nursery)
         _answer({"peer_id": str(host.peer_id), "addresses": [str(address) for address in host.addresses]})
         async for order in orders:
             if order["do"] == "stop":
                 nursery.cancel_scope.cancel()
                 return True
             try:
-                _answer(await _do(host, presence, order))
+                _answer(await _do(host, dht, presence, order))
             except NetError as error:
                 _answer({"error": str(error)})
         nursery.cancel_scope.cancel()
     return False
 
 
-async def _present(host: Host, relay: str | None, nursery: trio.Nursery) -> Presence:
+async def _present(host: Host, dht: Dht, relay: list[str], nursery: trio.Nursery) -> Presence:
     """As a node of ours is: known to the relay, and with a reservation there where nobody can come in directly."""
-    dht = Dht(host, server=True)
-    bootstrap = [addresses.parse_peer(relay)] if relay is not None else []
+    bootstrap = [addresses.parse_peer(each) for each in relay]
     presence: Presence = await nursery.start(partial(run_presence, host, dht, bootstrap=bootstrap))
     if bootstrap:
         await dht.join(bootstrap)
@@ -106,13 +112,19 @@ async def _present(host: Host, relay: str | None, nursery: trio.Nursery) -> Pres
     return presence
 
 
-async def _do(host: Host, presence: Presence, order: dict[str, Any]) -> dict[str, Any]:
+async def _do(host: Host, dht: Dht, presence: Presence, order: dict[str, Any]) -> dict[str, Any]:
+    if order["do"] == "announce":
+        await dht.announce(keys.of_peer(host.peer_id), RECORD, lambda: {"addresses": list(map(str, host.addresses))})
+        return {}
     if order["do"] == "punches":
         with trio.move_on_after(COUNTED_S):  # the other side may know of the connection before this one does
             while not presence.puncher.successes:  # noqa: ASYNC110  nothing tells of it
                 await trio.sleep(LOOK_S)
         return {"tries": presence.puncher.tries, "successes": presence.puncher.successes}
     peer = PeerId.from_string(order["peer"])
+    if order["do"] == "find":
+        found = [each.body for each in await dht.find(keys.of_peer(peer), RECORD) if each.peer_id == peer]
+        return {"addresses": [address for body in found for address in body["addresses"]]}
     if order["do"] == "connect":
         return await reach(host, peer, order)
     round_trips: list[float] = []
@@ -125,10 +137,8 @@ async def _do(host: Host, presence: Presence, order: dict[str, Any]) -> dict[str
 
 
 async def reach(host: Host, peer: PeerId, order: dict[str, Any]) -> dict[str, Any]:
-    """Connect at the addresses given and through the relay; then wait for the connection to become direct."""
+    """Connect at the addresses given; then wait for the connection to become direct."""
     known = [addresses.parse(text) for text in order["addresses"]]
-    if order["relay"] is not None:
-        known.append(addresses.parse(order["relay"] + CIRCUIT))
     start = trio.current_time()
     why = None
     with trio.move_on_after(order["within_s"]) as scope:
@@ -140,9 +150,11 @@ async def reach(host: Host, peer: PeerId, order: dict[str, Any]) -> dict[str, An
     if scope.cancelled_caught:
         why = f"not direct in {order['within_s']} s"
     direct = is_direct(host, peer)
+    used = host.swarm.connection(peer)
     return {
-        "connected": host.swarm.connection(peer) is not None,
+        "connected": used is not None,
         "direct": direct,
+        "remote": None if used is None else str(used.remote),
         "seconds": trio.current_time() - start if direct else None,
         "why": why,
     }

@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from interop.lab.asking import Asked
 from interop.lab.machine import Machine
 
-LISTEN = {"tcp": "/ip4/{host}/tcp/{port}", "quic": "/ip4/{host}/udp/{port}/quic-v1"}
+ADDRESSES = {
+    "tcp": "/ip4/{host}/tcp/{port}",
+    "quic": "/ip4/{host}/udp/{port}/quic-v1",
+    "tcp6": "/ip6/{host}/tcp/{port}",
+    "quic6": "/ip6/{host}/udp/{port}/quic-v1",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,12 +23,14 @@ class Reached:
     """How an attempt to connect ended.
 
     Attributes:
+        remote: where the connection that is used in the end leads, or comes from.
         seconds: until the connection was direct; None if it never was.
         tries: how many punches that took; None if none was needed, or nobody counted.
     """
 
     connected: bool
     direct: bool
+    remote: str | None = None
     seconds: float | None = None
     tries: int | None = None
     why: str | None = None
@@ -40,24 +47,45 @@ class Node:
         self.port: int = 0
 
     async def start(
-        self, transport: str = "tcp", *, port: int = 0, relay: str | None = None, serve: bool = False
+        self,
+        transports: str = "tcp",
+        *,
+        port: int = 0,
+        relay: Sequence[str] = (),
+        serve: bool = False,
+        in_dht: bool = True,
     ) -> None:
-        """A fresh host with a new identity. Raises: LabError when it cannot listen there, or not reach the relay."""
-        listen = LISTEN[transport].format(host="0.0.0.0", port=port)
-        started = await self._ask(do="start", listen=[listen], relay=relay, serve=serve)
+        """A fresh host with a new identity.
+
+        Args:
+            transports: names in ``ADDRESSES``, joined by ``+``: what it listens on.
+            port: of all of them; 0 for any.
+            relay: where it is to have a reservation, if it needs one: all that is known of one relay.
+            serve: whether it relays for others.
+            in_dht: whether it is a server there, and so found by whoever joins.
+
+        Raises:
+            LabError: it cannot listen there, or not reach the relay.
+        """
+        listen = [address("::" if "6" in name else "0.0.0.0", port, name) for name in transports.split("+")]
+        started = await self._ask(do="start", listen=listen, relay=list(relay), serve=serve, in_dht=in_dht)
         self.peer_id = started["peer_id"]
 
     async def stop(self) -> None:
         await self._ask(do="stop")
 
-    async def connect(
-        self, peer: Node, *, addresses: Sequence[str] = (), relay: str | None = None, within_s: float = 10.0
-    ) -> Reached:
-        """Connect to another node, at addresses (without ``/p2p/...``) or through the relay."""
-        answer = await self._ask(
-            do="connect", peer=peer.peer_id, addresses=list(addresses), relay=relay, within_s=within_s
-        )
+    async def connect(self, peer: Node, *, addresses: Sequence[str] = (), within_s: float = 10.0) -> Reached:
+        """Connect to another node, at addresses (without its ``/p2p/...``; with ``through``, by a relay)."""
+        answer = await self._ask(do="connect", peer=peer.peer_id, addresses=list(addresses), within_s=within_s)
         return Reached(**answer)
+
+    async def announce(self) -> None:
+        """Have it say in the DHT where it is."""
+        await self._ask(do="announce")
+
+    async def find(self, peer: Node) -> list[str]:
+        """What another node has announced."""
+        return list((await self._ask(do="find", peer=peer.peer_id))["addresses"])
 
     async def tries(self) -> int | None:
         """How many punches it took the node to make a connection direct; None if it has made none."""
@@ -70,7 +98,12 @@ class Node:
 
 
 def address(host: str, port: int, transport: str = "tcp") -> str:
-    return LISTEN[transport].format(host=host, port=port)
+    return ADDRESSES[transport].format(host=host, port=port)
+
+
+def through(relay: Sequence[str]) -> list[str]:
+    """Addresses of whoever has a reservation at this relay."""
+    return [f"{each}/p2p-circuit" for each in relay]
 
 
 @asynccontextmanager

@@ -16,9 +16,21 @@ import trio
 
 from net.addresses import Multiaddr, PeerAddress
 from net.errors import RemoteProtocolError
+from net.identity import PeerId
 from net.io import receive_exactly, send
 
-__all__ = ["ECHO", "Driver", "Peer", "PeerError", "Relaying", "Sight", "answer_echo", "program", "request_echo"]
+__all__ = [
+    "ECHO",
+    "Driver",
+    "Finder",
+    "Peer",
+    "PeerError",
+    "Relaying",
+    "Sight",
+    "answer_echo",
+    "program",
+    "request_echo",
+]
 
 ECHO = "/raceme-interop/echo/1"
 QUIC = "/ip4/127.0.0.1/udp/0/quic-v1"
@@ -70,6 +82,24 @@ class Peer(Protocol):
         """Ask us who we are. Raises: PeerError."""
 
 
+class Finder(Protocol):
+    """A running peer that is a server of libp2p's Kademlia. Each method raises PeerError, or NetError if it is ours."""
+
+    address: PeerAddress
+
+    async def join(self, to: PeerAddress) -> None:
+        """Get to know a server."""
+
+    async def provide(self, multihash: bytes) -> None:
+        """Tell others that the content is here."""
+
+    async def find_providers(self, multihash: bytes) -> Sequence[PeerId]:
+        """Who has it."""
+
+    async def find_peer(self, peer_id: PeerId) -> Sequence[Multiaddr]:
+        """Where it is; nothing when nobody knows."""
+
+
 class Driver(Protocol):
     """One implementation."""
 
@@ -82,6 +112,9 @@ class Driver(Protocol):
         self, transport: str, security: str, relaying: Relaying = NO_RELAYING
     ) -> AbstractAsyncContextManager[Peer]:
         """Run a peer that knows this transport (``tcp``, ``ws``, ``quic``) and security (``noise``, ``tls``) alone."""
+
+    def start_finder(self) -> AbstractAsyncContextManager[Finder]:
+        """Run a server of Kademlia, over TCP and Noise."""
 
 
 def listen_address(transport: str) -> Multiaddr:

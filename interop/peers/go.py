@@ -1,25 +1,18 @@
-"""go-libp2p, through its daemon's control socket.
-
-Wire, on a unix socket: messages of p2pd.proto, each behind its length as a varint. A request to open a
-stream turns its connection into that stream; for an inbound stream the daemon connects to the unix socket
-that the handler was registered with, and begins with a StreamInfo.
-
-Source: https://github.com/libp2p/go-libp2p-daemon/blob/master/specs/CONTROL.md
-"""
+"""go-libp2p, as its daemon ``p2pd``, which ``control.py`` talks to."""
 
 from __future__ import annotations
 
 import os
 import socket
 import tempfile
-from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
 from libp2p.identity.identify.pb.identify_pb2 import Identify
 
+from interop.peers import control
 from interop.peers.base import (
     ECHO,
     NO_RELAYING,
@@ -32,6 +25,7 @@ from interop.peers.base import (
     program,
     request_echo,
 )
+from interop.peers.control import Control
 from interop.peers.fetch import fetch_go
 from net import identify, ping
 from net.addresses import Multiaddr, PeerAddress
@@ -39,15 +33,9 @@ from net.errors import NetError
 from net.identity import PeerId
 from net.io import receive_exactly, send
 
-MAX_MESSAGE_BYTES = 64 * 1024
-P_UNIX = 400  # the multiaddr protocol
 ORPHAN_LIFE = "10m"  # the daemon ends by itself, should this process be killed
-
-Fields = Mapping[int, Sequence[int | bytes]]
-
-# Request.Type and the field that holds each request's body.
-IDENTIFY, CONNECT, STREAM_OPEN, STREAM_HANDLER = 0, 1, 2, 3
-BODY_FIELD = {CONNECT: 2, STREAM_OPEN: 3, STREAM_HANDLER: 4}
+DHT_S = 10  # for one of the DHT's answers
+CID = b"\x01\x55"  # what makes a multihash one: version 1, raw bytes
 
 
 class GoDriver:
@@ -58,23 +46,45 @@ class GoDriver:
 
     @asynccontextmanager
     async def start(self, transport: str, security: str, relaying: Relaying = NO_RELAYING) -> AsyncIterator[GoPeer]:
-        with tempfile.TemporaryDirectory(prefix="raceme-") as name:
-            folder = Path(name)
-            command = [
-                str(fetch_go()),
-                f"-listen=/unix{folder}/control",
-                f"-hostAddrs={listen_address(transport)}",
-                f"-noise={str(security == 'noise').lower()}",
-                f"-tls={str(security == 'tls').lower()}",
-                *_relay_options(relaying),
-                f"-idleTimeout={ORPHAN_LIFE}",
-            ]
-            async with program(command) as process, trio.open_nursery() as nursery:
-                peer = GoPeer(folder)
-                await peer._start(process)
-                await nursery.start(peer._serve_echo)
-                yield peer
-                nursery.cancel_scope.cancel()
+        options = [
+            f"-noise={str(security == 'noise').lower()}",
+            f"-tls={str(security == 'tls').lower()}",
+            *_relay_options(relaying),
+        ]
+        async with daemon(str(listen_address(transport)), options) as peer:
+            yield peer
+
+    @asynccontextmanager
+    async def start_finder(self) -> AsyncIterator[GoPeer]:
+        async with daemon(str(listen_address("tcp")), ["-dhtServer"]) as peer:
+            yield peer
+
+
+@asynccontextmanager
+async def daemon(listen: str, options: Sequence[str], *, within: Sequence[str] = ()) -> AsyncIterator[GoPeer]:
+    """A running daemon.
+
+    Args:
+        listen: addresses, with commas between them.
+        options: of its command line.
+        within: how the command line begins, for one that is to run somewhere else.
+    """
+    with tempfile.TemporaryDirectory(prefix="raceme-") as name:
+        folder = Path(name)
+        command = [
+            *within,
+            str(fetch_go()),
+            f"-listen=/unix{folder}/control",
+            f"-hostAddrs={listen}",
+            f"-idleTimeout={ORPHAN_LIFE}",
+            *options,
+        ]
+        async with program(command) as process, trio.open_nursery() as nursery:
+            peer = GoPeer(folder)
+            await peer._start(process)
+            await nursery.start(peer._serve_echo)
+            yield peer
+            nursery.cancel_scope.cancel()
 
 
 def _relay_options(relaying: Relaying) -> list[str]:
@@ -95,8 +105,8 @@ class GoPeer:
     address: PeerAddress
 
     def __init__(self, folder: Path) -> None:
-        self._control = str(folder / "control")
-        self._handler = str(folder / "echo")
+        self.control = Control(folder / "control")
+        self._handler = folder / "echo"
 
     async def echo(self, to: PeerAddress, count: int) -> float:
         async with self._stream(to, ECHO) as stream:
@@ -113,7 +123,7 @@ class GoPeer:
 
     async def identify(self, to: PeerAddress) -> Sight:
         async with self._stream(to, identify.PROTOCOL_ID) as stream:
-            message = Identify.FromString(await _receive(stream))
+            message = Identify.FromString(await control.receive(stream))
         return Sight(
             peer=str(to.peer_id),  # the daemon has compared it with the key that it met
             addresses=[str(Multiaddr(raw)) for raw in message.listen_addrs],
@@ -134,13 +144,8 @@ class GoPeer:
                 if not part:
                     raise PeerError(f"p2pd ended at once: {said.decode(errors='replace').strip()}")
                 said += part
-            fields, stream = await self._call(IDENTIFY)
-            await trio.aclose_forcefully(stream)
-            answer = _decode(_bytes(fields, 4))
-            self.address = PeerAddress(
-                address=Multiaddr(_bytes(answer, 2)).decapsulate_code(421),
-                peer_id=PeerId(_bytes(answer, 1)),
-            )
+            peer_id, addresses = await self.control.identify()
+            self.address = PeerAddress(address=addresses[0].decapsulate_code(421), peer_id=peer_id)
         if scope.cancelled_caught:
             raise PeerError(f"p2pd was not ready within {START_S:g} s")
 
@@ -148,7 +153,7 @@ class GoPeer:
         async def handle(stream: trio.SocketStream) -> None:
             async with stream:
                 try:
-                    await _receive(stream)  # StreamInfo: who asks
+                    await control.receive(stream)  # StreamInfo: who asks
                     await answer_echo(stream)
                     # The daemon resets a stream whose handler has gone, and with QUIC what is still on its way is lost.
                     await stream.receive_some()
@@ -156,104 +161,29 @@ class GoPeer:
                     pass  # the other end of this echo, the suite itself, tells what is missing
 
         with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
-            await listening.bind(self._handler)
+            await listening.bind(str(self._handler))
             listening.listen(16)
-            # Written by hand: py-multiaddr leaves out the path's leading slash, which go-multiaddr counts in.
-            path = self._handler.encode()
-            handler = _varint(P_UNIX) + _varint(len(path)) + path
-            await self._ask(STREAM_HANDLER, {1: [handler], 2: [ECHO.encode()], 3: [0]})
+            await self.control.handle(ECHO, self._handler)
             task_status.started()
             await trio.serve_listeners(handle, [trio.SocketListener(listening)])
 
     @asynccontextmanager
     async def _stream(self, to: PeerAddress, protocol: str) -> AsyncIterator[trio.SocketStream]:
-        who = to.peer_id.to_bytes()
-        await self._ask(CONNECT, {1: [who], 2: [to.address.to_bytes()]})
-        _, stream = await self._call(STREAM_OPEN, {1: [who], 2: [protocol.encode()]})
-        async with stream:
+        await self.control.connect(to)
+        async with await self.control.open_stream(to.peer_id, protocol) as stream:
             yield stream
 
-    async def _ask(self, type_: int, body: Fields) -> None:
-        _, stream = await self._call(type_, body)
-        await stream.aclose()
+    # The DHT, if it is in it
 
-    async def _call(self, type_: int, body: Fields | None = None) -> tuple[Fields, trio.SocketStream]:
-        stream = await trio.open_unix_socket(self._control)
-        try:
-            request = _encode({1: [type_]} if body is None else {1: [type_], BODY_FIELD[type_]: [_encode(body)]})
-            await send(stream, _varint(len(request)) + request)
-            fields = _decode(await _receive(stream))
-            if fields[1][0] != 0:
-                raise PeerError("p2pd: " + _bytes(_decode(_bytes(fields, 2)), 1).decode(errors="replace"))
-        except BaseException:
-            await trio.aclose_forcefully(stream)
-            raise
-        return fields, stream
+    async def join(self, to: PeerAddress) -> None:
+        await self.control.connect(to)
 
+    async def provide(self, multihash: bytes) -> None:
+        await self.control.ask_dht(control.PROVIDE, {3: [CID + multihash]}, timeout_s=DHT_S)
 
-# Protobuf, as much of it as p2pd.proto uses: varints and bytes.
+    async def find_providers(self, multihash: bytes) -> Sequence[PeerId]:
+        return list(await self.control.ask_dht(control.FIND_PROVIDERS, {3: [CID + multihash], 6: [8]}, timeout_s=DHT_S))
 
-
-def _encode(fields: Fields) -> bytes:
-    out = bytearray()
-    for number, values in fields.items():
-        for value in values:
-            if isinstance(value, int):
-                out += _varint(number << 3) + _varint(value)
-            else:
-                out += _varint(number << 3 | 2) + _varint(len(value)) + value
-    return bytes(out)
-
-
-def _decode(data: bytes) -> Fields:
-    fields: dict[int, list[int | bytes]] = defaultdict(list)
-    position = 0
-
-    def varint() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            byte = data[position]
-            position += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while position < len(data):
-        key = varint()
-        value = varint()
-        if key & 7 == 2:
-            fields[key >> 3].append(data[position : position + value])
-            position += value
-        elif key & 7 == 0:
-            fields[key >> 3].append(value)
-        else:
-            raise PeerError(f"p2pd sent a field of wire type {key & 7}")
-    return fields
-
-
-def _bytes(fields: Fields, number: int) -> bytes:
-    values = fields.get(number) or [b""]
-    return values[0] if isinstance(values[0], bytes) else b""
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value >= 128:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-async def _receive(stream: trio.abc.Stream) -> bytes:
-    length = shift = 0
-    while True:
-        byte = (await receive_exactly(stream, 1))[0]
-        length |= (byte & 127) << shift
-        shift += 7
-        if length > MAX_MESSAGE_BYTES or shift > 21:
-            raise PeerError(f"a message of {length} bytes or more")
-        if byte < 128:
-            return await receive_exactly(stream, length)
+    async def find_peer(self, peer_id: PeerId) -> Sequence[Multiaddr]:
+        found = await self.control.ask_dht(control.FIND_PEER, {2: [peer_id.to_bytes()]}, timeout_s=DHT_S)
+        return found.get(peer_id, [])

@@ -1,11 +1,14 @@
 // A js-libp2p peer, driven by JSON lines: commands on standard input, answers on standard output.
 //
-//   node peer.mjs tcp|ws|quic noise|tls [serve|dial|RELAY]     (QUIC has its own security, which is TLS)
+//   node peer.mjs tcp|ws|quic noise|tls [serve|dial|RELAY|kad|autonat] [punch]   (QUIC's security is always TLS)
 //
-// The last word: be a relay, be able to dial through relays, or hold a reservation at the relay of that address.
+// The third word: be a relay, be able to dial through relays, hold a reservation at the relay of that address, be a
+// server of Kademlia, or speak AutoNAT v2. The last: speak DCUtR. Who speaks one of these two listens on all addresses
+// of the machine.
 //
 // First line out: {"peer": ID, "addresses": [...]}. Then for each {"id", "do", ...} one {"id", "result"} or
-// {"id", "error"}: echo {address, bytes}, ping {address}, identify {address}. Ends with its standard input.
+// {"id", "error"}: echo {address, bytes}, ping {address}, identify {address}, dial {address}, provide {multihash},
+// providers {multihash}, find {peer}, addresses {}, verified {}. Ends with its standard input.
 //
 // The echo protocol: 8 bytes, big-endian, say how many bytes follow; the answer is those bytes. Each side
 // may end its direction after its last byte; the listener ends only after it.
@@ -15,27 +18,39 @@ import { createInterface } from 'node:readline'
 import { noise } from '@chainsafe/libp2p-noise'
 import { quic } from '@chainsafe/libp2p-quic'
 import { yamux } from '@chainsafe/libp2p-yamux'
+import { autoNATv2 } from '@libp2p/autonat-v2'
 import { circuitRelayServer, circuitRelayTransport } from '@libp2p/circuit-relay-v2'
+import { dcutr } from '@libp2p/dcutr'
 import { identify } from '@libp2p/identify'
+import { kadDHT, passthroughMapper } from '@libp2p/kad-dht'
+import { peerIdFromString } from '@libp2p/peer-id'
 import { ping } from '@libp2p/ping'
 import { tcp } from '@libp2p/tcp'
 import { tls } from '@libp2p/tls'
 import { webSockets } from '@libp2p/websockets'
 import { multiaddr } from '@multiformats/multiaddr'
 import { createLibp2p } from 'libp2p'
+import { CID } from 'multiformats/cid'
+import * as Digest from 'multiformats/hashes/digest'
 
 const ECHO = '/raceme-interop/echo/1'
 const PIECE_BYTES = 64 * 1024
+const KAD = '/ipfs/kad/1.0.0'
 const ANY_CONNECTION = { runOnLimitedConnection: true } // also through relays that limit what passes
 const STEP_MS = 60_000 // no command takes longer
+const QUERY_MS = 5_000 // one of Kademlia
 
 const TRANSPORTS = {
   tcp: { listen: '/ip4/127.0.0.1/tcp/0', make: tcp },
   ws: { listen: '/ip4/127.0.0.1/tcp/0/ws', make: webSockets },
   quic: { listen: '/ip4/127.0.0.1/udp/0/quic-v1', make: quic }
 }
-const [transport, security, relaying] = process.argv.slice(2)
-const through = relaying?.startsWith('/') ? [`${relaying}/p2p-circuit`] : []
+const RAW = 0x55 // the kind of content that a CID names
+const PRIVATE = /^\/ip4\/(127|192\.168)\./
+
+const [transport, security, role, punching] = process.argv.slice(2)
+const through = role?.startsWith('/') ? [`${role}/p2p-circuit`] : []
+const relaying = ['serve', 'dial'].includes(role) || through.length > 0
 
 async function send (stream, bytes) {
   if (!stream.send(bytes)) {
@@ -107,22 +122,62 @@ const commands = {
       agent: result.agentVersion,
       version: result.protocolVersion
     }
-  }
+  },
+  dial: async (node, { address }) => { await node.dial(multiaddr(address)); return {} },
+  provide: async (node, { multihash }) => {
+    await node.contentRouting.provide(cid(multihash), timed())
+    return {}
+  },
+  providers: async (node, { multihash }) => {
+    const peers = []
+    for await (const provider of node.contentRouting.findProviders(cid(multihash), timed())) {
+      peers.push(provider.id.toString())
+    }
+    return { peers }
+  },
+  find: async (node, { peer }) => {
+    const { multiaddrs } = await node.peerRouting.findPeer(peerIdFromString(peer), { ...timed(), useCache: false })
+    return { addresses: multiaddrs.map(String) }
+  },
+  addresses: async (node) => ({ addresses: node.getMultiaddrs().map(String) }),
+  // Those that others have dialled it at; the router is not asked.
+  verified: async (node) => ({
+    addresses: node.components.addressManager.getAddressesWithMetadata()
+      .filter(({ multiaddr, verified }) => verified && !PRIVATE.test(multiaddr.toString()))
+      .map(({ multiaddr }) => multiaddr.toString())
+  })
+}
+
+function cid (multihash) {
+  return CID.createV1(RAW, Digest.decode(Buffer.from(multihash, 'hex')))
+}
+
+function timed () {
+  return { signal: AbortSignal.timeout(QUERY_MS) }
 }
 
 function say (line) {
   process.stdout.write(JSON.stringify(line) + '\n')
 }
 
+const kademlia = { clientMode: false, protocol: KAD, peerInfoMapper: passthroughMapper, initialQuerySelfInterval: 50 }
+const roles = {
+  serve: () => ({ relay: circuitRelayServer({ reservations: { applyDefaultLimit: false } }) }),
+  kad: () => ({ kad: kadDHT(kademlia) }),
+  autonat: () => ({ autonat: autoNATv2() })
+}
+const { listen, make } = TRANSPORTS[transport]
+const isOutside = role === 'autonat' || punching !== undefined
 const node = await createLibp2p({
-  addresses: { listen: [TRANSPORTS[transport].listen, ...through] },
-  transports: [TRANSPORTS[transport].make(), ...(relaying === undefined ? [] : [circuitRelayTransport()])],
+  addresses: { listen: [isOutside ? listen.replace('127.0.0.1', '0.0.0.0') : listen, ...through] },
+  transports: [make(), ...(relaying ? [circuitRelayTransport()] : [])],
   connectionEncrypters: [security === 'tls' ? tls() : noise()],
   streamMuxers: [yamux()],
   services: {
     identify: identify(),
     ping: ping(ANY_CONNECTION),
-    ...(relaying === 'serve' ? { relay: circuitRelayServer({ reservations: { applyDefaultLimit: false } }) } : {})
+    ...roles[role]?.(),
+    ...(punching === undefined ? {} : { dcutr: dcutr() })
   }
 })
 await node.handle(ECHO, (stream) => {
