@@ -132,12 +132,13 @@ def run_generate(options: argparse.Namespace) -> int:
         model = swarm.model(options.model)
 
         import torch
-        from transformers import TextStreamer
+
+        from client.streaming import TextPrinter
 
         if options.seed is not None:
             torch.manual_seed(options.seed)
         ids = model.tokenizer(prompt, return_tensors="pt").input_ids
-        streamer = None if options.json else TextStreamer(model.tokenizer, skip_special_tokens=True)
+        streamer = None if options.json else TextPrinter(model.tokenizer)
         with console.interruptible(), model.session() as session:
             # What cannot be done is said before the prompt is printed. (The last token is never sent.)
             session.prepare(1, ids.shape[1] + options.max_new_tokens - 1)

@@ -91,12 +91,13 @@ def _generate(address: str, prompt: str, max_new_tokens: int, say: Any) -> dict[
         model = swarm.model(MODEL)
 
         import torch
-        from transformers import TextStreamer
+
+        from client.streaming import TextPrinter
 
         tokenizer = model.tokenizer
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         say(f"\n{MODEL} continues a prompt, its blocks spread over the nodes:\n", flush=True)
-        streamer = None if say is not print else TextStreamer(tokenizer, skip_special_tokens=True)
+        streamer = None if say is not print else TextPrinter(tokenizer)
         with model.session() as session:
             session.prepare(1)
             started = time.monotonic()

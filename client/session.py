@@ -2,20 +2,22 @@
 
 It keeps what it sent, so that a chain can be replaced: when a node fails, the session chooses another
 chain without it, sends its history again in the same pieces, and goes on. The same pieces through the same
-numerics give the same bits. A node whose connection breaks keeps what it has for a while: when it can be reached
-in another way, or directly instead of through a relay, the session goes on there without sending anything again.
+numerics give the same bits. A node that is only lost from sight is found again (``legs.py``).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import trio
 
 from client.errors import InvalidInput, MissingBlocks, SessionFailed
+from client.legs import FindNodes, Leg
 from client.routing import Hop, choose_chain
 from compute.errors import BadInput
 from compute.tensors import from_wire, to_wire
@@ -23,24 +25,12 @@ from net import errors
 from net.host import Host
 from net.identity import PeerId
 from net.protocol import session as wire
-from net.protocol.announcement import NodeAnnouncement
 from net.rpc.framing import MAX_FRAME_BYTES, MAX_HEADER_BYTES, Message, Tensor
-from net.rpc.lane import Lane
-from net.swarm import Connection
 
 logger = logging.getLogger(__name__)
 
-OPEN_TIMEOUT_S = 8.0
 STEP_TIMEOUT_S = 60.0
-RESUME_S = 3.0  # for a node whose connection broke, before others are asked
 MAX_REPLACEMENTS = 4  # chains tried for one step
-BUSY_TRIES = 5
-MAX_RETRY_AFTER_S = 10.0  # a node that wants to be left alone for longer is asked again all the same
-# What a node may blame the caller for when a session is opened. Steps are checked here before they are sent, so that
-# a node that refuses one is itself at fault.
-CALLERS_FAULT = frozenset({"bad-input", "bad-value", "too-long"})
-
-FindNodes = Callable[[], Awaitable[list[NodeAnnouncement]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +43,6 @@ class _Piece:
     @property
     def end(self) -> int:
         return self.position + self.hidden.shape[1]
-
-
-@dataclass(kw_only=True, eq=False)
-class _Leg:
-    """A node of the chain, the stream to it, and what it calls the session."""
-
-    node: NodeAnnouncement
-    lane: Lane
-    connection: Connection
-    token: bytes | None = None
 
 
 class Session:
@@ -84,7 +64,7 @@ class Session:
         self._host = host
         self._find_nodes = find_nodes
         self._requested_length = max_length
-        self._legs: list[_Leg] = []
+        self._legs: list[Leg] = []
         self._failed: dict[PeerId, str] = {}  # who, and why
         self._may_forgive = True
         self._history: list[_Piece] = []
@@ -156,7 +136,7 @@ class Session:
         """Free the session on its nodes."""
         legs, self._legs = self._legs, []
         for leg in legs:
-            await leg.lane.aclose()
+            await leg.aclose()
 
     # The chain
 
@@ -204,89 +184,10 @@ class Session:
         return choose_chain(nodes)
 
     async def _open_hops(self, chain: list[Hop], batch: int) -> None:
-        for hop in chain:
-            request = wire.Open(
-                digest=hop.node.digest, start=hop.start, end=hop.end, batch=batch, max_length=self.max_length
-            )
-            lane, connection = await self._open_lane(hop.node, OPEN_TIMEOUT_S)
-            leg = _Leg(node=hop.node, lane=lane, connection=connection)
-            self._legs.append(leg)
-            answer = await self._call(lane, "open", Message(header=request.to_fields()), OPEN_TIMEOUT_S)
-            try:
-                leg.token = wire.read_token(answer.header) if "token" in answer.header else None
-            except errors.RemoteProtocolError as error:
-                raise errors.PeerFailed(lane.peer_id, f"opened a session with {error}") from error
-
-    async def _open_lane(self, node: NodeAnnouncement, timeout_s: float) -> tuple[Lane, Connection]:
-        """Raises:
-        PeerFailed: no connection, or no stream on it.
-        """
-        try:
-            with trio.fail_after(timeout_s):
-                connection = await self._host.connect(node.peer_id, node.addresses)
-                stream = await self._host.open_stream_over(connection, [wire.PROTOCOL_ID])
-        except trio.TooSlowError as error:
-            raise errors.PeerFailed(node.peer_id, f"no connection in {timeout_s:g} s") from error
-        except errors.PeerFailed:
-            raise
-        except errors.NetError as error:
-            raise errors.PeerFailed(node.peer_id, str(error)) from error
-        return Lane(stream, node.peer_id), connection
-
-    # Another way to the same nodes
-
-    async def _resume(self, error: errors.PeerFailed) -> bool:
-        """Whether a node whose connection broke, but which may be well, has the session again."""
-        leg = next((leg for leg in self._legs if leg.lane.peer_id == error.peer_id), None)
-        if (
-            leg is None
-            or leg.token is None
-            or not isinstance(error.__cause__, errors.ConnectionLost | errors.StreamReset)
-        ):
-            return False
-        with trio.move_on_after(RESUME_S):
-            try:
-                await self._move(leg, leg.node)
-                return True
-            except errors.PeerFailed as reason:
-                logger.info("not resumed where it was: %s", reason)
-            for node in await self._find_nodes():  # it may be somewhere else by now
-                if node.peer_id == leg.node.peer_id and node.addresses != leg.node.addresses:
-                    try:
-                        await self._move(leg, node)
-                        return True
-                    except errors.PeerFailed as reason:
-                        logger.info("not resumed at its new place: %s", reason)
-        return False
-
-    async def _leave_relays(self) -> None:
-        """Move what goes through a relay, and need not any more."""
-        for leg in self._legs:
-            if leg.connection.relayed and leg.token is not None:
-                best = self._host.swarm.connection(leg.lane.peer_id)
-                if best is not None and not best.relayed:
-                    try:
-                        await self._move(leg, leg.node)
-                    except errors.PeerFailed as error:
-                        logger.info("goes on through the relay: %s", error)
-
-    async def _move(self, leg: _Leg, node: NodeAnnouncement) -> None:
-        """Go on with a node's session over another stream.
-
-        Raises:
-            PeerFailed: it cannot be had; the leg is as it was.
-        """
-        if leg.token is None:
-            raise errors.PeerFailed(node.peer_id, "keeps no sessions")
-        lane, connection = await self._open_lane(node, RESUME_S)
-        try:
-            await self._call(lane, "resume", Message(header={"token": leg.token}), RESUME_S)
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await lane.aclose()
-            raise
-        old, leg.lane, leg.connection, leg.node = leg.lane, lane, connection, node
-        await old.aclose()
+        self._legs = [Leg(self._host, hop, self._find_nodes) for hop in chain]
+        async with _open_legs_nursery() as nursery:
+            for leg in self._legs:
+                nursery.start_soon(partial(leg.open, batch=batch, max_length=self.max_length))
 
     async def _give_up_on(self, error: errors.PeerFailed) -> None:
         if isinstance(error.peer_id, PeerId):
@@ -305,12 +206,10 @@ class Session:
             try:
                 if not self._legs:
                     await self._open_chain(piece.hidden.shape[0])
-                await self._leave_relays()
-                return await self._through_chain(piece)
+                return await self._attended(piece)
             except errors.PeerFailed as error:
-                if not await self._resume(error):
-                    logger.warning("replacing a node: %s", error)
-                    await self._give_up_on(error)
+                logger.warning("replacing a node: %s", error)
+                await self._give_up_on(error)
             except BaseException:  # refused or cancelled half-way: the hops may be at different positions
                 with trio.CancelScope(shield=True):
                     await self.aclose()
@@ -319,47 +218,57 @@ class Session:
             f"{MAX_REPLACEMENTS} nodes failed during one step, the last one for: {self._last_reason}; try again later"
         )
 
+    async def _attended(self, piece: _Piece) -> torch.Tensor:
+        """The same, while somebody watches over all nodes: those that are not at work may be lost meanwhile."""
+        async with _open_legs_nursery() as nursery:
+            for leg in self._legs:
+                nursery.start_soon(leg.keep)
+            hidden = await self._through_chain(piece)
+            nursery.cancel_scope.cancel()
+        return hidden
+
     async def _through_chain(self, piece: _Piece) -> torch.Tensor:
         hidden = piece.hidden
         for leg in self._legs:
-            lane = leg.lane
             dtype, shape, data = to_wire(hidden)
             message = Message(
                 header={"position": piece.position}, tensors=[Tensor(dtype=dtype, shape=shape, data=data)]
             )
-            answer = await self._call(lane, "step", message, STEP_TIMEOUT_S)
-            hidden = self._read_hidden(lane, answer, piece.hidden)
+            answer = await leg.call("step", message, STEP_TIMEOUT_S)
+            hidden = self._read_hidden(leg.hop.node.peer_id, answer, piece.hidden)
         return hidden
 
-    async def _call(self, lane: Lane, method: str, message: Message, timeout_s: float) -> Message:
-        """A call whose refusals are sorted: ours, the node's for now, the node's for good."""
-        why = ""
-        for _ in range(BUSY_TRIES):
-            try:
-                return await lane.call(method, message, timeout_s=timeout_s)
-            except errors.RpcError as error:
-                if method == "open" and error.code in CALLERS_FAULT:
-                    raise InvalidInput(error.message) from error
-                if error.retry_after_s is None:
-                    raise errors.PeerFailed(lane.peer_id, str(error)) from error
-                why = error.message
-                await trio.sleep(min(error.retry_after_s, MAX_RETRY_AFTER_S))
-        raise errors.PeerFailed(lane.peer_id, f"put off {BUSY_TRIES} times in a row: {why}")
-
-    def _read_hidden(self, lane: Lane, answer: Message, sent: torch.Tensor) -> torch.Tensor:
+    def _read_hidden(self, peer_id: PeerId, answer: Message, sent: torch.Tensor) -> torch.Tensor:
         """Never believe a node: shape, dtype and finiteness of what it returns."""
         if len(answer.tensors) != 1 or answer.tensors[0].shape != tuple(sent.shape):
-            raise errors.PeerFailed(lane.peer_id, "answered a step with another shape")
+            raise errors.PeerFailed(peer_id, "answered a step with another shape")
         tensor = answer.tensors[0]
         try:
             hidden = from_wire(tensor.dtype, tensor.shape, tensor.data)
         except BadInput as error:
-            raise errors.PeerFailed(lane.peer_id, f"answered a step with {error}") from error
+            raise errors.PeerFailed(peer_id, f"answered a step with {error}") from error
         if hidden.dtype != sent.dtype or not torch.isfinite(hidden).all():
-            raise errors.PeerFailed(lane.peer_id, "answered a step with values that are not finite or of another type")
+            raise errors.PeerFailed(peer_id, "answered a step with values that are not finite or of another type")
         return hidden
 
     def _piece_tokens(self, hidden: torch.Tensor) -> int:
         """How many tokens fit into one message."""
         bytes_per_token = hidden.shape[0] * hidden.shape[2] * hidden.element_size()
         return max(1, (MAX_FRAME_BYTES - MAX_HEADER_BYTES) // bytes_per_token)
+
+
+@asynccontextmanager
+async def _open_legs_nursery() -> AsyncIterator[trio.Nursery]:
+    """A nursery of tasks that each look after a node.
+
+    Raises: what is no node's failure, if there is such a thing, or one of their failures.
+    """
+    try:
+        async with trio.open_nursery() as nursery:
+            yield nursery
+    except BaseExceptionGroup as group:
+        failures, others = group.split(errors.PeerFailed)
+        found: BaseException | None = others or failures
+        while isinstance(found, BaseExceptionGroup):
+            found = found.exceptions[0]
+        raise (found or group) from (found and found.__cause__)

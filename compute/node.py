@@ -23,7 +23,7 @@ from compute.placement import choose_span
 from compute.tensors import from_wire, to_wire
 from net.dht import keys
 from net.dht.service import Dht
-from net.errors import ConnectionLost, RpcError, StreamReset
+from net.errors import RpcError
 from net.host import Host
 from net.identity import PeerId
 from net.mux.base import Stream
@@ -205,12 +205,10 @@ class Node:
     async def _serve(self, connection: Connection, stream: Stream) -> None:
         session = _NodeSession(self, connection.peer_id)
         methods = {"open": session.open, "resume": session.resume, "step": session.step}
-        broken = False
+        broken = True  # by an error, or cancelled together with the connection to the relay that carries it
         try:
             await lane.serve(stream, connection.peer_id, methods, idle_s=SESSION_IDLE_S)
-        except (ConnectionLost, StreamReset):
-            broken = True
-            raise
+            broken = False
         finally:
             with trio.CancelScope(shield=True):
                 await session.end(broken=broken)

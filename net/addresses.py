@@ -57,9 +57,35 @@ def parse(text: str) -> Multiaddr:
     if len(text) > MAX_ADDRESS_CHARACTERS:
         raise AddressError(f"address of {len(text)} characters: at most {MAX_ADDRESS_CHARACTERS} are read")
     try:
-        return Multiaddr(text)
-    except (MultiaddrError, ValueError, TypeError) as error:
+        address = Multiaddr(text)
+        check(address)
+        return address
+    except (MultiaddrError, ValueError, TypeError, KeyError, IndexError) as error:
         raise AddressError(f"{text!r} is not a multiaddr (an address looks like {EXAMPLE})") from error
+
+
+def parse_bytes(data: bytes) -> Multiaddr:
+    """An address out of a peer's bytes.
+
+    Raises:
+        AddressError: they are none.
+    """
+    try:
+        address = Multiaddr(data)
+        check(address)
+        return address
+    except (MultiaddrError, ValueError, TypeError, KeyError, IndexError) as error:
+        raise AddressError("bytes that are no multiaddr") from error
+
+
+def check(address: Multiaddr) -> None:
+    """See now what the library would find out later: it reads lazily, and takes what was cut short for zeros.
+
+    Raises: whatever the library raises, or ValueError.
+    """
+    list(address.items())
+    if Multiaddr(str(address)).to_bytes() != address.to_bytes():
+        raise ValueError("written out and read again, it is another")
 
 
 def parse_peer(text: str) -> PeerAddress:

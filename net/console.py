@@ -180,7 +180,7 @@ def _set_up_output(*, verbose: bool) -> None:
         format="%(asctime)s %(name)s %(levelname)s %(message)s",
         stream=sys.stderr,
     )
-    for noisy in ("libp2p", "httpx", "httpcore", "urllib3", "filelock", "asyncio"):
+    for noisy in ("libp2p", "multiaddr", "quic", "httpx", "httpcore", "urllib3", "filelock", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

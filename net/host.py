@@ -100,14 +100,14 @@ class Host:
         """Do not speak it any more; streams that are being served go on."""
         self._handlers.pop(protocol_id, None)
 
-    async def connect(self, peer_id: PeerId, known: Iterable[Multiaddr] = ()) -> Connection:
-        """A connection to the peer, at ``known`` addresses or those in the peerstore.
+    async def connect(self, peer_id: PeerId, known: Iterable[Multiaddr] = (), *, at_once: bool = False) -> Connection:
+        """A connection to the peer, at ``known`` addresses or those in the peerstore; ``at_once`` as ``Swarm.dial``.
 
         Raises: as ``Swarm.dial``.
         """
         connection = self.swarm.connection(peer_id)
         if connection is None:
-            connection = await self.swarm.dial(peer_id, [*known, *self.peerstore.addresses(peer_id)])
+            connection = await self.swarm.dial(peer_id, [*known, *self.peerstore.addresses(peer_id)], at_once=at_once)
             if connection.outbound:
                 self.peerstore.confirm(peer_id, connection.remote)
         return connection

@@ -35,7 +35,7 @@ def serve_identify(host: Host) -> None:
             agent_version=f"raceme/{net.version.VERSION}",
             public_key=host.identity.key_pair.public_key.serialize(),
             listen_addrs=[address.to_bytes() for address in host.addresses],
-            observed_addr=connection.remote.to_bytes(),
+            observed_addr=connection.now_at.to_bytes(),
             protocols=host.protocols,
         ).SerializeToString()
         await send(stream, delimited.frame(message))

@@ -27,7 +27,7 @@ SERVICE = "_p2p._udp.local."
 PREFIX = b"dnsaddr="
 MAX_STRING_BYTES = 255  # of a TXT record's string
 MAX_ADDRESSES = 16  # of one answer
-MAX_NAMES = 256  # that are looked into at all
+MAX_NAMES = 256  # that wait to be looked into; more are passed over
 LOOK_S = 10.0  # between looks at this machine's own addresses
 RESOLVE_MS = 3000
 LEAVE_S = 2.0  # to say good-bye
@@ -62,6 +62,10 @@ def is_near(address: Multiaddr) -> bool:
     """Whether peers of the same network can mean the same by it."""
     endpoint = endpoints.read(address)
     return endpoint is not None and not (endpoint.ip.is_loopback or endpoint.ip.is_unspecified)
+
+
+class _Refused(Exception):
+    """By zeroconf, or by the network."""
 
 
 class Mdns:
@@ -116,10 +120,11 @@ class Mdns:
         return zeroconf.Zeroconf(interfaces=self._interfaces or zeroconf.InterfaceChoice.All)
 
     async def _announce(self, responder: Any) -> None:
-        """Under the name for as long as we live; anew when the addresses change."""
+        """Under the name for as long as we live; anew when the addresses change, and until it has worked."""
         import zeroconf
 
         told: list[PeerAddress] = []
+        is_known = False
         while True:
             near = self._near()
             if near != told:
@@ -132,13 +137,16 @@ class Mdns:
                     properties=write_txt(near),
                     server=self._name,
                 )
-                tell = responder.update_service if told else responder.register_service
-                await self._try(tell, info)
-                told = near
+                try:
+                    await self._call(responder.update_service if is_known else responder.register_service, info)
+                    is_known, told = True, near
+                except _Refused as refused:  # what took too long may have been done after all
+                    is_known = is_known or isinstance(refused.__cause__, zeroconf.ServiceNameAlreadyRegistered)
+                    logger.debug("mDNS: %s", refused)
             await trio.sleep(LOOK_S)
 
     async def _browse(self, responder: Any) -> None:
-        import zeroconf
+        from zeroconf import ServiceBrowser, ServiceStateChange
 
         names, coming = trio.open_memory_channel[str](MAX_NAMES)
         token = trio.lowlevel.current_trio_token()
@@ -149,30 +157,39 @@ class Mdns:
             except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
                 pass  # more than we look into, or we are leaving
 
-        def changed(zeroconf: Any, service_type: str, name: str, state_change: Any) -> None:
+        def changed(zeroconf: Any, service_type: str, name: str, state_change: ServiceStateChange) -> None:
+            if state_change is ServiceStateChange.Removed:
+                return  # nobody would answer
             try:
                 token.run_sync_soon(heard, name)
             except trio.RunFinishedError:
                 pass  # everything ends
 
-        zeroconf.ServiceBrowser(responder, SERVICE, handlers=[changed])  # ends with the responder
+        ServiceBrowser(responder, SERVICE, handlers=[changed])  # ends with the responder
         async for name in coming:
             if name != self._name:
                 await self._look_into(responder, name)
 
     async def _look_into(self, responder: Any, name: str) -> None:
-        info = await self._try(responder.get_service_info, SERVICE, name, RESOLVE_MS)
+        try:
+            info = await self._call(responder.get_service_info, SERVICE, name, RESOLVE_MS)
+        except _Refused as refused:
+            logger.debug("mDNS: %r: %s", name, refused)
+            return
         for peer in read_txt(info.text or b"") if info is not None else ():
             if peer.peer_id != self._host.peer_id:
                 self._host.peerstore.hear(peer.peer_id, [peer.address])
                 self._on_peer(peer)
 
-    async def _try(self, call: Callable[..., Any], *arguments: object) -> Any:
-        """What zeroconf answers; None for what it, or the network, refuses."""
+    async def _call(self, call: Callable[..., Any], *arguments: object) -> Any:
+        """What zeroconf answers.
+
+        Raises:
+            _Refused: it does not, or the network lets it not.
+        """
         import zeroconf
 
         try:
             return await trio.to_thread.run_sync(call, *arguments, abandon_on_cancel=True)
         except (zeroconf.Error, OSError) as error:
-            logger.debug("mDNS: %s", error or type(error).__name__)
-            return None
+            raise _Refused(str(error) or type(error).__name__) from error

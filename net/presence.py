@@ -18,6 +18,8 @@ from net.nat.reachability import Reachability
 from net.nurseries import open_service_nursery
 from net.relay.client import RelayClient, known_servers
 
+ANNOUNCE_S = 1.0  # between looks whether our addresses have changed
+
 
 @dataclass(frozen=True, kw_only=True)
 class Presence:
@@ -47,13 +49,31 @@ async def run_presence(
         is_server: whether strangers are to reach this host; a client has no use for reservations.
     """
     relays = RelayClient(host, known_servers(dht, bootstrap))
-    reachability = Reachability(host, mapper=mapper, want=relays.want if is_server else lambda count: None)
+
+    def moved() -> None:
+        relays.network_changed()
+        puncher.network_changed()
+        dht.network_changed()
+
+    want = relays.want if is_server else lambda count: None
+    reachability = Reachability(host, mapper=mapper, want=want, moved=moved)
     puncher = HolePuncher(host, lambda: [address for each in reachability.sights for address in _dialable(each)])
     async with open_service_nursery() as nursery:
         await nursery.start(relays.run)
         await nursery.start(reachability.run)
         await nursery.start(puncher.run)
+        nursery.start_soon(_announce_changes, host, dht)
         task_status.started(Presence(reachability=reachability, relays=relays, puncher=puncher))
+
+
+async def _announce_changes(host: Host, dht: Dht) -> None:
+    """What is announced holds addresses: when these change, others are to know at once."""
+    told = host.addresses
+    while True:
+        await trio.sleep(ANNOUNCE_S)
+        if host.addresses != told:
+            told = host.addresses
+            dht.renew()
 
 
 def _dialable(endpoint: Endpoint) -> list[Multiaddr]:

@@ -33,6 +33,7 @@ from net.transports.base import (
     MuxedConnection,
     PunchingTransport,
     RawConnection,
+    RebindingTransport,
     RunningTransport,
     TrafficLimit,
     Transport,
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 CIRCUITS_GOODBYE_S = 1.5  # what a muxer gives its own goodbye, and a little
 
+PROPOSAL_PATIENCE_S = 0.05  # for a proposal that may have come along with the header of a simultaneous open
 ROLE_PATIENCE_S = 1.0  # of a dialler that plays the listener, before it plays the dialler after all
 
 
@@ -59,6 +61,11 @@ class Connection:
     limit: TrafficLimit | None = None  # set by the relay that carries it
     ended: trio.Event = field(default_factory=trio.Event)
 
+    @property
+    def now_at(self) -> Multiaddr:
+        """``remote``, or where the peer has moved to since."""
+        return self.mux.moved_to or self.remote
+
     @cached_property
     def relayed(self) -> bool:
         """Whether it goes through a relay."""
@@ -75,11 +82,12 @@ class _Dialling:
 
 
 class _Role(enum.Enum):
-    """Who proposes and speaks first. Of two that dial each other at once, one plays the listener; peers that know an
-    older text of the specification (go-libp2p before its issue 3171) may both do so, and then one has to give in."""
+    """Who proposes and speaks first. Of two that dial each other at once, one plays the listener; with peers that have
+    it the other way round (go-libp2p before its issue 3171) both do so, or neither, and then one has to give in."""
 
     DIALLER = "dialler"
     LISTENER = "listener"
+    PUNCHED_DIALLER = "dialler of two"
     PUNCHED_LISTENER = "dialler that plays the listener"
 
 
@@ -181,13 +189,25 @@ class Swarm:
     def connections(self) -> list[Connection]:
         return [entry for entries in self._connections.values() for entry in entries]
 
+    def check(self) -> None:
+        """Have every peer show soon that it is there: the network may have changed. Connections that are dead end."""
+        for connection in self.connections:
+            connection.mux.check()
+
+    def network_changed(self) -> None:
+        """We are somewhere else: what can move along does, and what cannot ends."""
+        for transport in self._transports:
+            if isinstance(transport, RebindingTransport):
+                transport.rebind()
+        self.check()
+
     # Dialling
 
-    async def dial(self, peer_id: PeerId, addresses: Sequence[Multiaddr]) -> Connection:
+    async def dial(self, peer_id: PeerId, addresses: Sequence[Multiaddr], *, at_once: bool = False) -> Connection:
         """A connection to the peer: the one that is open, or a new one.
 
         Several callers that want the same peer share one dial, and its failure. Addresses are tried side by
-        side, each for at most ``limits.dial_s``.
+        side, each for at most ``limits.dial_s``; ``at_once`` gives no head start to those that promise more.
 
         Raises:
             DialError: no address led to the peer; the text has each one's reason.
@@ -207,7 +227,7 @@ class Swarm:
                 if dialling.failure is not None and dialling.tried.issuperset(addresses):
                     raise dialling.failure
                 try:
-                    return await self._race(peer_id, addresses)
+                    return await self._race(peer_id, addresses, at_once=at_once)
                 except errors.NetError as error:
                     dialling.failure = error
                     dialling.tried.update(addresses)
@@ -291,7 +311,8 @@ class Swarm:
         Raises: as ``dial``.
         Cancellation: leaves nothing open.
         """
-        return await self._race(peer_id, addresses, _Role.PUNCHED_LISTENER if listener else _Role.DIALLER, at_once=True)
+        role = _Role.PUNCHED_LISTENER if listener else _Role.PUNCHED_DIALLER
+        return await self._race(peer_id, addresses, role, at_once=True)
 
     async def _keep_one(self, peer_id: PeerId) -> None:
         """Close the connections with a peer that are not needed, each when nobody uses it any more."""
@@ -340,6 +361,8 @@ class Swarm:
                         raise errors.DialError(f"{muxed.remote}: not under the swarm's key")
                     if expected is not None and muxed.peer_id != expected:
                         raise errors.PeerIdMismatch(expected, muxed.peer_id)
+                    if role is not _Role.LISTENER:
+                        role = _Role.DIALLER  # over QUIC there is nobody to give in
                 else:
                     muxed, role = await self._upgrade(arrived, expected, role)
                 with self._counts.peer(muxed.peer_id):
@@ -393,6 +416,10 @@ class Swarm:
                 name = await multistream.propose(stream, names)
             case _Role.LISTENER:
                 name = await multistream.answer(stream, names)
+            case _Role.PUNCHED_DIALLER:
+                # Who plays the dialler, too, proposes along with its header, and is left that part.
+                name, proposed = await multistream.answer_or_propose(stream, names, PROPOSAL_PATIENCE_S)
+                role = _Role.DIALLER if proposed else _Role.LISTENER
             case _Role.PUNCHED_LISTENER:
                 # Should both wait, then not for equally long.
                 first = expected is None or keeping.decides(self._identity.peer_id, expected)
@@ -430,6 +457,8 @@ class Swarm:
             await self._on_stream(connection, stream)
 
         siblings = self._connections.setdefault(connection.peer_id, [])
+        for sibling in siblings:  # who connects again may have lost the others
+            sibling.mux.check()
         siblings.append(connection)
         if len(siblings) > 1 and self._nursery and keeping.decides(self._identity.peer_id, connection.peer_id):
             self._nursery.start_soon(self._keep_one, connection.peer_id)

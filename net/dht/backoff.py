@@ -34,6 +34,10 @@ class Backoff:
         """It has been heard of, from itself."""
         self._silent.pop(peer_id, None)
 
+    def clear(self) -> None:
+        """None of it holds any more."""
+        self._silent.clear()
+
     def holds(self, contact: Contact, now: float) -> bool:
         """Whether it is too early to ask it again."""
         addresses, until = self._silent.get(contact.peer_id, ((), now))

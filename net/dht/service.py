@@ -23,6 +23,7 @@ from net.dht.gathering import Gathering
 from net.dht.lookup import Lookup
 from net.dht.store import MAX_RECORDS_PER_KEY, RecordStore
 from net.dht.table import Contact, K, RoutingTable, closest
+from net.dht.walking import walk
 from net.host import Host
 from net.identity import PeerId
 from net.mux.base import Stream
@@ -79,6 +80,7 @@ class Dht:
         self._bootstrap: list[PeerAddress] = []
         self._lanes: dict[PeerId, Lane] = {}
         self._announced: dict[bytes, _Announced] = {}
+        self._due = trio.Event()  # they are to be renewed
         self._backoff = Backoff(self.settings.backoff_s)
         self.stale_by_s: deque[float] = deque(maxlen=64)  # how far others' clocks were ahead, where it was too much
         if server:
@@ -142,7 +144,9 @@ class Dht:
 
     async def _renew(self) -> None:
         while True:
-            await trio.sleep(self.settings.announce_s * random.uniform(0.9, 1.1))
+            self._due = trio.Event()
+            with trio.move_on_after(self.settings.announce_s * random.uniform(0.9, 1.1)):
+                await self._due.wait()
             for key in list(self._announced):
                 if key not in self._announced:
                     continue  # withdrawn while another was renewed
@@ -150,6 +154,17 @@ class Dht:
                     await self._publish(key)
                 except errors.NetError as error:
                     logger.warning("an announcement could not be renewed: %s", error)
+
+    # Changes
+
+    def network_changed(self) -> None:
+        """Whoever could not be reached before may be reached now."""
+        self._backoff.clear()
+        self.renew()
+
+    def renew(self) -> None:
+        """Announce again, now."""
+        self._due.set()
 
     # Announcing
 
@@ -245,42 +260,17 @@ class Dht:
             slow_s=settings.slow_s,
         )
 
-        async with trio.open_nursery() as nursery:
+        async def ask(contact: Contact) -> list[Contact]:
+            closer, held = await self._find(contact, target, want_records=gathering is not None)
+            for record in held:
+                if gathering is not None:
+                    gathering.take(contact.peer_id, record)
+            self._backoff.forgive(contact.peer_id)
+            self.table.add(contact)
+            now = trio.current_time()
+            return [each for each in closer if not self._backoff.holds(each, now)]
 
-            async def ask(contact: Contact) -> None:
-                try:
-                    closer, held = await self._find(contact, target, want_records=gathering is not None)
-                except errors.NetError as error:
-                    logger.debug("look-up: %s: %s", contact.peer_id, error)
-                    lookup.failed(contact.peer_id)
-                    self._note_silence(contact)
-                else:
-                    for record in held:
-                        if gathering is not None:
-                            gathering.take(contact.peer_id, record)
-                    now = trio.current_time()
-                    lookup.answered(contact.peer_id, [each for each in closer if not self._backoff.holds(each, now)])
-                    self._backoff.forgive(contact.peer_id)
-                    self.table.add(contact)
-                go_on()
-
-            async def watch_the_time() -> None:
-                while True:
-                    now = trio.current_time()
-                    await trio.sleep_until(min(lookup.deadline, now + settings.patience_s))
-                    go_on()
-
-            def go_on() -> None:
-                lookup.pass_time(trio.current_time())
-                for contact in lookup.next_queries(trio.current_time()):
-                    nursery.start_soon(ask, contact)
-                if lookup.is_done:
-                    nursery.cancel_scope.cancel()
-
-            nursery.start_soon(watch_the_time)
-            go_on()
-        for contact in lookup.slow:
-            self._note_silence(contact)
+        await walk(lookup, ask, note_silence=self._note_silence, look_s=settings.patience_s)
         return lookup
 
     def _note_silence(self, contact: Contact) -> None:

@@ -15,13 +15,11 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from multiaddr.exceptions import Error as MultiaddrError
-
-from net.addresses import Multiaddr
+from net.addresses import Multiaddr, parse_bytes
 from net.dht.keys import KEY_BYTES
 from net.dht.store import MAX_RECORD_BYTES
 from net.dht.table import Contact, K
-from net.errors import RemoteProtocolError
+from net.errors import AddressError, RemoteProtocolError
 from net.identity import PeerId
 from net.rpc import packing
 
@@ -43,19 +41,16 @@ def write_contacts(contacts: Sequence[Contact]) -> list[Any]:
 
 def read_addresses(fields: Mapping[str, Any], name: str) -> tuple[Multiaddr, ...]:
     raw = packing.items(fields, name, bytes, max_items=MAX_ADDRESSES, max_length=MAX_ADDRESS_BYTES)
-    return tuple(map(_read_address, raw))
+    return tuple(map(read_address, raw))
 
 
 @functools.lru_cache(maxsize=REMEMBERED)
-def _read_address(data: bytes) -> Multiaddr:
+def read_address(data: bytes) -> Multiaddr:
+    """Raises: RemoteProtocolError: they are the bytes of no address."""
     try:
-        address = Multiaddr(data)
-        # The library reads lazily, and takes what was cut short for zeros: written out and read again, that shows.
-        if Multiaddr(str(address)).to_bytes() != data:
-            raise RemoteProtocolError("bytes that are no proper multiaddr")
-        return address
-    except (MultiaddrError, ValueError, TypeError, KeyError, IndexError) as error:
-        raise RemoteProtocolError("bytes that are no multiaddr") from error
+        return parse_bytes(data)
+    except AddressError as error:
+        raise RemoteProtocolError(str(error)) from error
 
 
 @functools.lru_cache(maxsize=REMEMBERED)

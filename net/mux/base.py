@@ -8,6 +8,8 @@ from typing import Protocol
 
 import trio
 
+from net.addresses import Multiaddr
+
 
 class Stream(trio.abc.HalfCloseableStream):
     """One stream. At most one task sends and one receives at a time.
@@ -48,6 +50,10 @@ class Muxer(Protocol):
         """Smoothed; None before it was measured."""
 
     @property
+    def moved_to(self) -> Multiaddr | None:
+        """Where the peer is now, if it has moved since the connection was made and has shown that it is there."""
+
+    @property
     def open_streams(self) -> int: ...
 
     @property
@@ -73,6 +79,9 @@ class Muxer(Protocol):
             LimitExceeded: too many are open.
             ConnectionLost: the connection is closed.
         """
+
+    def check(self) -> None:
+        """Have the peer show soon, within about a second, that it is there. If it does not, the connection ends."""
 
     def close(self) -> None:
         """Make ``run`` end; of a connection that nobody runs, free what it holds. Again is nothing."""

@@ -25,6 +25,8 @@ SHORT_BYTES = RECORD_BYTES  # a stream with no more than this to send goes befor
 TALK_TURNS = 64  # of bulk, out or in, that count as beside the last short message
 QUICK_S = 0.002  # on the shortest paths; there, round trips are too short to tell
 MIN_FRAME_BYTES = 4096  # of the turn of a stream with more
+LATE_S = 0.5  # a look at the clock that comes so much later than it should is not the peer's fault
+SLOW_BYTES_PER_S = 128 * 1024  # of a home's line: what was sent before a question delays the answer
 FORGOTTEN_FRAME_BYTES = 1024 * 1024  # one frame that was on its way when we reset its stream
 
 
@@ -39,6 +41,7 @@ class YamuxSettings:
     max_frame_bytes: int = 4 * RECORD_BYTES - HEADER_BYTES  # fills four records with its header
     keepalive_s: float = 4.0
     dead_after_s: float = 9.0  # without a single byte
+    check_s: float = 1.0  # for the answer to ``check``, or four round trips, and the time that what is on its way takes
 
 
 class State(enum.Enum):
@@ -89,6 +92,15 @@ class PeerGoesAway(NamedTuple):
 Event = StreamOpened | DataReceived | StreamEnded | StreamReset | WindowOpened | PingAnswered | PeerGoesAway
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Ping:
+    """One that waits for its answer, and how much was sent before it."""
+
+    number: int
+    at: float
+    sent_bytes: int
+
+
 @dataclass(kw_only=True)
 class _Stream:
     state: State = State.OPEN
@@ -132,8 +144,11 @@ class YamuxCore:
         self._drained: list[int] = []
         self._talk = 0  # turns left
         self._counts = {True: 0, False: 0}  # open streams by inbound
-        self._ping: tuple[int, float] | None = None
+        self._ping: _Ping | None = None
         self._pings = 0
+        self._sent_bytes = 0
+        self._confirmed_bytes = 0  # of them; what an answered ping was sent behind
+        self._answer_by = math.inf  # set by ``check``
         self._heard_at = now
         self._pinged_at = now - self.settings.keepalive_s  # the first tick measures the round trip
         self._going_away = False
@@ -271,19 +286,37 @@ class YamuxCore:
 
     def deadline(self) -> float:
         """When ``tick`` wants to be called next."""
-        return min(self._pinged_at + self.settings.keepalive_s, self._heard_at + self.settings.dead_after_s)
+        dead_at = min(self._heard_at + self.settings.dead_after_s, self._answer_by)
+        return min(self._pinged_at + self.settings.keepalive_s, dead_at)
 
     def tick(self, now: float) -> bool:
         """Ping when it is time. False: the peer has been silent for too long and counts as dead."""
         # Summed up as in ``deadline``: the difference may be rounded to less, and the time would never come.
         if now >= self._heard_at + self.settings.dead_after_s:
             return False
+        if now >= self._answer_by + LATE_S:
+            self._answer_by = now + self.settings.check_s  # this program was asleep; the answer may be there
+        elif now >= self._answer_by:
+            return False
         if now >= self._pinged_at + self.settings.keepalive_s:
-            self._pinged_at = now
-            self._pings = (self._pings + 1) & 0xFFFFFFFF
-            self._ping = (self._pings, now)
-            self._queue(Header(Type.PING, Flags.SYN, 0, self._pings))
+            self._send_ping(now)
         return True
+
+    def check(self, now: float) -> None:
+        """Have the peer show that it is there, soon: ``tick`` is False if it has not by then."""
+        if self._answer_by < math.inf:
+            return
+        if self._ping is None:
+            self._send_ping(now)
+        least_s = self.settings.check_s
+        patience_s = 3 * least_s if self.round_trip_s is None else max(least_s, 4 * self.round_trip_s)
+        self._answer_by = now + patience_s + (self._sent_bytes - self._confirmed_bytes) / SLOW_BYTES_PER_S
+
+    def _send_ping(self, now: float) -> None:
+        self._pinged_at = now
+        self._pings = (self._pings + 1) & 0xFFFFFFFF
+        self._ping = _Ping(number=self._pings, at=now, sent_bytes=self._sent_bytes)
+        self._queue(Header(Type.PING, Flags.SYN, 0, self._pings))
 
     # What goes out
 
@@ -311,6 +344,7 @@ class YamuxCore:
             size += self._take_frame(self._short.popleft(), max_bytes - kept - size, out)
         while self._long and size < max_bytes:
             size += self._take_frame(self._long.popleft(), max(MIN_FRAME_BYTES, max_bytes - size), out)
+        self._sent_bytes += size
         return out
 
     def drained(self) -> list[int]:
@@ -361,7 +395,7 @@ class YamuxCore:
         Raises:
             RemoteProtocolError: the peer broke the protocol; the connection must be closed.
         """
-        self._heard_at = now
+        self._heard_at, self._answer_by = now, math.inf
         events: list[Event] = []
         if self._body_left >= len(data) > 0:
             self._receive_body(data if isinstance(data, bytes) else bytes(data), events)
@@ -416,8 +450,9 @@ class YamuxCore:
     def _receive_ping(self, header: Header, now: float, events: list[Event]) -> None:
         if header.flags & Flags.SYN:
             self._answer(Header(Type.PING, Flags.ACK, 0, header.length))
-        elif self._ping is not None and header.length == self._ping[0]:
-            sample = now - self._ping[1]
+        elif self._ping is not None and header.length == self._ping.number:
+            sample = now - self._ping.at
+            self._confirmed_bytes = self._ping.sent_bytes
             self._ping = None
             self._least_round_trip_s = min(sample, self._least_round_trip_s or sample)
             previous = self.round_trip_s

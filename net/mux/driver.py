@@ -144,6 +144,7 @@ class YamuxConnection(Muxer):
         self._cut_bytes = 0  # what the channel was told last
         self._writer_scope = trio.CancelScope(shield=True)
         self._wake_writer = trio.Event()
+        self._alarm = trio.CancelScope()  # around the sleep until the core's deadline
         self._failure: errors.NetError | None = None
         self._closing = False
         self.used_at = trio.current_time()  # when the last stream was opened
@@ -152,6 +153,10 @@ class YamuxConnection(Muxer):
     def round_trip_s(self) -> float | None:
         """From keepalive pings."""
         return self._core.round_trip_s
+
+    @property
+    def moved_to(self) -> None:
+        return None  # what is below stays where it is
 
     @property
     def open_streams(self) -> int:
@@ -188,6 +193,12 @@ class YamuxConnection(Muxer):
         self.used_at = trio.current_time()
         self._wake_writer.set()
         return stream
+
+    def check(self) -> None:
+        if self._failure is None:
+            self._core.check(trio.current_time())
+            self._alarm.deadline = self._core.deadline()
+            self._kick()
 
     def close(self) -> None:
         self._closing = True
@@ -289,7 +300,8 @@ class YamuxConnection(Muxer):
     async def _keep_alive(self, cancel_scope: trio.CancelScope) -> None:
         try:
             while True:
-                await trio.sleep_until(self._core.deadline())
+                with trio.CancelScope(deadline=self._core.deadline()) as self._alarm:
+                    await trio.sleep_forever()
                 if not self._core.tick(trio.current_time()):
                     self._fail(errors.ConnectionLost("the peer has stopped answering"))
                     cancel_scope.cancel()

@@ -2,7 +2,7 @@
 
 A server is any peer at a public address that speaks the protocol. Each address is tried by up to three of them, of
 different networks; ``verdicts`` says what follows and when to ask again. What proves a dial is the nonce alone: it
-comes over a connection from a stranger, for servers dial back with another key.
+comes over a direct connection from a stranger, for servers dial back with another key.
 
 Source: https://github.com/libp2p/specs/blob/master/autonat/autonat-v2.md
 """
@@ -36,6 +36,7 @@ MAX_DATA_REQUESTED_BYTES = 100_000  # the most that a server should ask for
 MAX_SERVERS = 64  # that are remembered
 AT_ONCE = 4  # addresses: a server serves 12 requests of a peer a minute
 REQUEST_S = 45.0  # all of one request: more than any server should take
+DIAL_BACK_S = 5.0  # for the nonce to come, once its stream is open; go-libp2p
 
 
 @dataclass(kw_only=True, eq=False)
@@ -97,7 +98,7 @@ class AutoNat:
         self._servers[connection.peer_id] = None
         while len(self._servers) > MAX_SERVERS:
             del self._servers[next(iter(self._servers))]
-        self.verdicts.hasten(trio.current_time())
+        self.verdicts.hasten(_network(connection), trio.current_time())
         self._wake.set()
 
     @property
@@ -209,12 +210,15 @@ class AutoNat:
         return None
 
     async def _on_dial_back(self, connection: Connection, stream: Stream) -> None:
-        data = await delimited.receive(stream, messages.MAX_MESSAGE_BYTES, "an AutoNAT message")
-        pending = self._pending.get(messages.decode_dial_back(data))
-        if pending is None:
-            raise errors.RemoteProtocolError("a dial-back that nobody asked for")
-        pending.arrived, pending.local = True, connection.local
-        await send(stream, delimited.frame(messages.encode_dial_back_response()))
+        with trio.fail_after(DIAL_BACK_S):
+            data = await _receive(stream)
+            pending = self._pending.get(messages.decode_dial_back(data))
+            if pending is None:
+                raise errors.RemoteProtocolError("a dial-back that nobody asked for")
+            if connection.outbound or connection.relayed:
+                raise errors.RemoteProtocolError("a dial-back over a connection that nobody dialled back")
+            pending.arrived, pending.local = True, connection.local
+            await send(stream, delimited.frame(messages.encode_dial_back_response()))
 
 
 def _alike(local: Multiaddr | None, address: Multiaddr) -> bool:

@@ -117,8 +117,8 @@ class _Server:
         if chosen is None:
             return DialResponse(status=messages.REFUSED)
         index, address = chosen
-        paid = not same_ip(connection.remote, address)
-        askers = {str(connection.peer_id), ip_group(connection.remote) or str(connection.peer_id)}
+        paid = not same_ip(connection.now_at, address)
+        askers = {str(connection.peer_id), ip_group(connection.now_at) or str(connection.peer_id)}
         if self._busy >= settings.at_once or not self._limiter.accept(askers, trio.current_time(), paid=paid):
             return DialResponse(status=messages.REJECTED)
         self._busy += 1

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from multiaddr.exceptions import Error as MultiaddrError
 
-from net.addresses import Multiaddr
+from net.addresses import Multiaddr, parse_bytes
+from net.errors import AddressError
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -24,6 +25,12 @@ class Endpoint:
     def is_public(self) -> bool:
         return self.ip.is_global and not self.ip.is_multicast
 
+    @property
+    def is_private(self) -> bool:
+        """Whether it means something within one network alone, but to all of that."""
+        ip = self.ip
+        return ip.is_private and not (ip.is_loopback or ip.is_link_local or ip.is_unspecified)
+
     def __str__(self) -> str:
         host = f"[{self.ip}]" if self.ip.version == 6 else str(self.ip)
         return f"{host}:{self.port}/{self.transport}"
@@ -32,10 +39,8 @@ class Endpoint:
 def parse(data: bytes) -> Multiaddr | None:
     """An address out of a peer's bytes; None when they are none."""
     try:
-        address = Multiaddr(data)
-        # The library reads lazily, and takes what was cut short for zeros: written out and read again, that shows.
-        return address if Multiaddr(str(address)).to_bytes() == data else None
-    except (MultiaddrError, ValueError, TypeError, KeyError, IndexError):
+        return parse_bytes(data)
+    except AddressError:
         return None
 
 

@@ -20,6 +20,8 @@ from net.nat.upnp import find_upnp
 
 logger = logging.getLogger(__name__)
 
+MAX_DOUBLINGS = 16  # of a pause; more would leave what a float can hold, after three weeks of failures
+
 FindGateway = Callable[[], Awaitable[Gateway]]
 
 
@@ -37,7 +39,7 @@ class MappingSettings:
     lifetime_s: float = 1200.0  # renewed at half of it; should we die, the router forgets us after so long
     least_renewal_s: float = 30.0
     patience_s: float = 20.0  # for one router and one port
-    retry_s: float = 60.0  # after a failure, doubled each time
+    retry_s: float = 60.0  # after a failure, doubled each time; what is mapped is renewed in its time all the same
     most_retry_s: float = 1800.0
     leave_s: float = 2.0  # to give everything back
     max_ports: int = 8
@@ -63,6 +65,8 @@ class PortMapper:
         self._wanted: frozenset[Port] = frozenset()
         self._leases: dict[Port, Lease] = {}
         self._gateway: Gateway | None = None
+        self._networks = 0  # that we have been in
+        self._failures = 0  # in a row, in this one
         self._wake = trio.Event()
         self.state = MappingState.OFF
         self.problem = ""  # why not, in words
@@ -93,6 +97,8 @@ class PortMapper:
 
     def network_changed(self) -> None:
         """Another router may be there: look for it."""
+        self._networks += 1
+        self._failures = 0
         self._gateway = None
         self._leases.clear()
         self._wake.set()
@@ -103,45 +109,57 @@ class PortMapper:
         Cancellation: gives the ports back, for at most ``leave_s``.
         """
         task_status.started()
-        failures = 0
         try:
             while True:
                 self._wake = trio.Event()
                 is_good = await self._map_all(self._wanted)
-                failures = 0 if is_good else failures + 1
-                with trio.move_on_after(self._pause_s(failures)):
+                self._failures = 0 if is_good else self._failures + 1
+                with trio.move_on_after(self._pause_s()):
                     await self._wake.wait()
         finally:
             with trio.move_on_after(self._settings.leave_s, shield=True):
                 await self._unmap(list(self._leases))
 
-    def _pause_s(self, failures: int) -> float:
+    def _pause_s(self) -> float:
         settings = self._settings
-        if failures:
-            return float(min(settings.most_retry_s, settings.retry_s * 2 ** (failures - 1)))
         lifetimes = [lease.lifetime_s or settings.lifetime_s for lease in self._leases.values()]
-        return max(settings.least_renewal_s, min(lifetimes) / 2) if lifetimes else math.inf
+        renewal_s = max(settings.least_renewal_s, min(lifetimes) / 2) if lifetimes else math.inf
+        if not self._failures:
+            return renewal_s
+        retry_s = settings.retry_s * 2.0 ** min(self._failures - 1, MAX_DOUBLINGS)
+        return min(renewal_s, settings.most_retry_s, retry_s)
 
     async def _map_all(self, wanted: frozenset[Port]) -> bool:
-        """Whether there is nothing to try again soon."""
+        """Whether there is nothing to try again soon. A network that changes meanwhile is for the next round."""
+        network = self._networks
         await self._unmap([port for port in self._leases if port not in wanted])
         if not wanted:
             self._become(MappingState.OFF)
             return True
-        if self._gateway is None:
+        gateway = self._gateway
+        if gateway is None:
             self._become(MappingState.SEARCHING)
-            self._gateway = await self._find()
-        if self._gateway is None:
+            gateway = await self._find()
+            if network != self._networks:
+                return True
+            self._gateway = gateway
+        if gateway is None:
             self._leases.clear()
             self._become(MappingState.NO_ROUTER, "no router here gives out ports (by UPnP, NAT-PMP or PCP)")
             return False
         problem = ""
         for port in sorted(wanted, key=str):
+            lease = None
             try:
-                await self._map(self._gateway, port)
+                lease = await self._map(gateway, port)
             except GatewayError as error:
                 problem = f"port {port}: {error}"
+            if network != self._networks:
+                return True
+            if lease is None:
                 self._leases.pop(port, None)
+            else:
+                self._leases[port] = lease
         if not self._leases:
             self._gateway = None
             self._become(MappingState.REFUSED, problem)
@@ -152,15 +170,14 @@ class PortMapper:
             self._become(MappingState.MAPPED, problem)
         return not problem
 
-    async def _map(self, gateway: Gateway, port: Port) -> None:
+    async def _map(self, gateway: Gateway, port: Port) -> Lease:
         """Raises:
         GatewayError: refused, or no answer in ``patience_s``.
         """
         before = self._leases.get(port)
         with trio.move_on_after(self._settings.patience_s):
             external = port.number if before is None else before.port
-            self._leases[port] = await gateway.map(port, self._settings.lifetime_s, external=external)
-            return
+            return await gateway.map(port, self._settings.lifetime_s, external=external)
         raise GatewayError(f"no answer from the router in {self._settings.patience_s:g} s")
 
     async def _find(self) -> Gateway | None:
@@ -177,8 +194,9 @@ class PortMapper:
 
         async def unmap(port: Port, lease: Lease) -> None:
             try:
-                if gateway is not None:
-                    await gateway.unmap(port, lease)
+                with trio.move_on_after(self._settings.patience_s):
+                    if gateway is not None:
+                        await gateway.unmap(port, lease)
             except GatewayError as error:
                 logger.debug("port %s could not be given back: %s", port, error)
 

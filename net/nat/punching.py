@@ -6,6 +6,10 @@ which measures the round trip; then SYNC, at whose arrival the peer dials, while
 sending it. On TCP that is a simultaneous open, in which the peer plays the dialler and we the listener; on QUIC the
 peer dials, and we open our NAT with packets that mean nothing.
 
+Whoever has public addresses of its own, behind a firewall alone, tells these as well: over IPv6 there is no need that
+anybody has seen them. Two that are seen at one IP may be neighbours, whose router perhaps does not lead them back in:
+who answers tells its private addresses, too, and these are dialled as they are.
+
 Source: https://github.com/libp2p/specs/blob/master/relay/DCUtR.md
 """
 
@@ -25,6 +29,7 @@ from net.identity import PeerId
 from net.io import send
 from net.mux.base import Stream
 from net.nat import endpoints
+from net.nat.sighting import RelaySights
 from net.swarm import Connection
 
 logger = logging.getLogger(__name__)
@@ -36,7 +41,13 @@ TRIES = 3  # go-libp2p's
 MESSAGE_S = 10.0  # for the peer's next message
 MAX_ROUND_TRIP_S = 4.0  # a peer that claims more is not waited for
 PUNCH_S = 5.0  # one try's dials
+DOUBT_S = 3.0  # for a direct connection to end that may be dead: the swarm has it checked
 PAUSE_S = 0.5  # before the next try
+UNLIKE_S = 1.0  # the same, while both are seen at addresses of different kinds: relays are being asked for more
+
+
+class _Unlike(errors.DialError):
+    """Ours and theirs have no kind of address in common."""
 
 
 class HolePuncher:
@@ -58,15 +69,20 @@ class HolePuncher:
         self._host = host
         self._addresses = addresses
         self._can_meet = can_meet
+        self._relay_sights = RelaySights(host, can_meet)
         self.tries = 0  # that this side began
         self.successes = 0
+
+    def network_changed(self) -> None:
+        """Whatever relays have told of where they see us, they see us elsewhere now."""
+        self._relay_sights.forget()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Answer those who want to punch, and start where it is ours to start, until cancelled."""
         arrivals, comings = trio.open_memory_channel[Connection](self._host.limits.connections)
 
         def watch(connection: Connection) -> None:
-            if connection.relayed and not connection.outbound:
+            if connection.relayed:
                 try:
                     arrivals.send_nowait(connection)
                 except trio.WouldBlock:
@@ -78,7 +94,9 @@ class HolePuncher:
             async with trio.open_nursery() as nursery:
                 task_status.started()
                 async for connection in comings:
-                    nursery.start_soon(self._start, connection)
+                    nursery.start_soon(self._relay_sights.look, connection, self._ours())
+                    if not connection.outbound:
+                        nursery.start_soon(self._start, connection)
         finally:
             self._host.swarm.watchers.remove(watch)
             self._host.unhandle(PROTOCOL_ID)
@@ -87,13 +105,16 @@ class HolePuncher:
 
     async def _start(self, connection: Connection) -> None:
         for number in range(1, TRIES + 1):
+            await self._doubt(connection.peer_id)
             if self._is_direct(connection.peer_id) or connection.mux.is_closed:
                 return
             self.tries += 1
             try:
-                await self._try(connection)
+                await self._try(connection, is_last=number == TRIES)
             except errors.ProtocolNotSupported:
                 return
+            except _Unlike:
+                await trio.sleep(UNLIKE_S)
             except (errors.NetError, trio.TooSlowError) as error:
                 logger.debug("hole punching with %s, try %d: %s", connection.peer_id, number, error)
                 await trio.sleep(PAUSE_S)
@@ -102,7 +123,7 @@ class HolePuncher:
                 logger.info("%s is reached directly now, at try %d", connection.peer_id, number)
                 return
 
-    async def _try(self, connection: Connection) -> None:
+    async def _try(self, connection: Connection, *, is_last: bool) -> None:
         stream = await self._host.open_stream_over(connection, [PROTOCOL_ID])
         try:
             began = trio.current_time()
@@ -111,6 +132,8 @@ class HolePuncher:
             round_trip_s = trio.current_time() - began
             if not theirs:
                 raise errors.DialError(f"{connection.peer_id} knows no address where others see it")
+            if not is_last and not _is_alike(self._usable(self._ours()), self._usable(theirs)):
+                raise _Unlike(f"{connection.peer_id} and we have been seen at addresses of different kinds")
             if round_trip_s > MAX_ROUND_TRIP_S:
                 raise errors.DialError(f"{connection.peer_id} took {round_trip_s:.1f} s to answer")
             await send(stream, self._message(HolePunch.SYNC))
@@ -125,7 +148,7 @@ class HolePuncher:
         if not connection.relayed:
             raise errors.RemoteProtocolError("hole punching over a connection that is direct")
         theirs = await self._receive(stream, HolePunch.CONNECT)
-        await send(stream, self._message(HolePunch.CONNECT))
+        await send(stream, self._message(HolePunch.CONNECT, theirs))
         await self._receive(stream, HolePunch.SYNC)
         if theirs and not self._is_direct(connection.peer_id):
             await self._punch(connection.peer_id, theirs, listener=False)
@@ -144,7 +167,9 @@ class HolePuncher:
         try:
             with trio.move_on_after(PUNCH_S):
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._dial, peer_id, theirs, listener)
+                    nursery.start_soon(self._dial, peer_id, self._usable(theirs), listener)
+                    if self._are_neighbours(theirs):
+                        nursery.start_soon(self._dial, peer_id, _private(theirs), False)
                     if not self._is_direct(peer_id):
                         await arrived.wait()
                     nursery.cancel_scope.cancel()
@@ -159,12 +184,25 @@ class HolePuncher:
         except errors.NetError as error:
             logger.debug("our dial of %s failed: %s", peer_id, error)  # the peer's may still come in
 
+    async def _doubt(self, peer_id: PeerId) -> None:
+        """Who comes through a relay though there is a direct connection may have lost that: wait for its end."""
+        direct = self._host.swarm.connection(peer_id)
+        if direct is not None and not direct.relayed:
+            with trio.move_on_after(DOUBT_S):
+                await direct.ended.wait()
+
     def _is_direct(self, peer_id: PeerId) -> bool:
         connection = self._host.swarm.connection(peer_id)
         return connection is not None and not connection.relayed
 
-    def _message(self, kind: HolePunch.Type.ValueType) -> bytes:
-        ours = self._usable(self._addresses()) if kind == HolePunch.CONNECT else []
+    def _ours(self) -> list[Multiaddr]:
+        """Where others may reach us, what most of them have seen first."""
+        return [*self._addresses(), *self._relay_sights.addresses, *self._host.own_addresses]
+
+    def _message(self, kind: HolePunch.Type.ValueType, theirs: Sequence[Multiaddr] = ()) -> bytes:
+        ours = self._usable(self._ours()) if kind == HolePunch.CONNECT else []
+        if self._are_neighbours(theirs):
+            ours += _private(self._host.own_addresses)
         message = HolePunch(type=kind, ObsAddrs=[address.to_bytes() for address in ours])
         return delimited.frame(message.SerializeToString())
 
@@ -180,8 +218,27 @@ class HolePuncher:
         if message.type != kind:
             raise errors.RemoteProtocolError(f"a hole-punching message of type {message.type} instead of {kind}")
         parsed = (endpoints.parse(data) for data in message.ObsAddrs[: 4 * MAX_ADDRESSES])
-        return self._usable(address for address in parsed if address is not None)
+        found = [address for address in parsed if address is not None]
+        return [*self._usable(found), *(_private(found) if self._are_neighbours(found) else ())]
 
     def _usable(self, addresses: Iterable[Multiaddr]) -> list[Multiaddr]:
         direct = [each for each in addresses if not is_relayed(each) and self._can_meet(each)]
         return list(dict.fromkeys(direct))[:MAX_ADDRESSES]
+
+    def _are_neighbours(self, theirs: Iterable[Multiaddr]) -> bool:
+        """Whether they are seen where we are seen: behind the same NAT, or perhaps the same provider's."""
+        return bool(_ips(self._usable(self._ours())) & _ips(self._usable(theirs)))
+
+
+def _is_alike(ours: Iterable[Multiaddr], theirs: Iterable[Multiaddr]) -> bool:
+    return not {endpoints.shape(each) for each in ours}.isdisjoint(endpoints.shape(each) for each in theirs)
+
+
+def _ips(addresses: Iterable[Multiaddr]) -> set[endpoints.IpAddress]:
+    return {endpoint.ip for endpoint in map(endpoints.read, addresses) if endpoint is not None}
+
+
+def _private(addresses: Iterable[Multiaddr]) -> list[Multiaddr]:
+    """Those that mean something within one network alone."""
+    found = [each for each in dict.fromkeys(addresses) if (endpoint := endpoints.read(each)) and endpoint.is_private]
+    return found[:MAX_ADDRESSES]

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections import Counter
+import math
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -38,6 +39,7 @@ from net.swarm import Connection
 
 logger = logging.getLogger(__name__)
 
+MAX_REMEMBERED = 128  # observers, and where they saw us last
 RESERVATIONS = 2  # of relays, for who cannot be reached: one may go away
 
 
@@ -132,12 +134,14 @@ class ReachabilitySettings:
 
     Attributes:
         look_s: between looks at this machine's own addresses.
+        change_s: after a change of the network, until the connections that it has broken have ended.
         patience_s: for AutoNAT servers to find something out, before the lack of it means anything.
         identify_at_once: new peers that are asked at the same time where they see us.
         dial_back: of our AutoNAT server.
     """
 
-    look_s: float = 10.0
+    look_s: float = 1.0
+    change_s: float = 3.0
     patience_s: float = 15.0
     identify_at_once: int = 8
     dial_back: DialBackSettings = field(default_factory=DialBackSettings)
@@ -150,6 +154,7 @@ class Reachability:
         host: whose ``addresses`` follow from now on what is found here.
         mapper: asks the router for ports; None for no such thing.
         want: told how many relay reservations there should be, whenever that changes; must not raise.
+        moved: told when the network has changed; must not raise.
         settings: figures.
     """
 
@@ -159,15 +164,19 @@ class Reachability:
         *,
         mapper: PortMapper | None = None,
         want: Callable[[int], None] = lambda count: None,
+        moved: Callable[[], None] = lambda: None,
         settings: ReachabilitySettings | None = None,
     ) -> None:
         self._host = host
         self._want = want
+        self._moved = moved
         self._wanted: int | None = None
         self._settings = settings or ReachabilitySettings()
         self._observed = ObservedAddresses()
         self._sights: dict[Connection, tuple[str, Endpoint, Endpoint]] = {}
         self._own: list[Multiaddr] = []
+        self._outer: OrderedDict[tuple[str, int], IpAddress] = OrderedDict()  # by observer and version
+        self._changed_at = -math.inf
         self._seen_outside_at: float | None = None  # when anybody first saw us at a public address
         self._changed = trio.Event()
         self._evidence = Evidence(own=())
@@ -187,7 +196,8 @@ class Reachability:
     @property
     def sights(self) -> list[Endpoint]:
         """Where others see us now, what most of them see first: also what too few see to be announced."""
-        return [where for where, _ in Counter(where for _, _, where in self._sights.values()).most_common()]
+        seen = (where for connection, (_, _, where) in self._sights.items() if not connection.mux.is_closed)
+        return [where for where, _ in Counter(seen).most_common()]
 
     async def wait_for_change(self) -> Kind:
         """The kind that comes next, or other evidence for the same."""
@@ -221,7 +231,7 @@ class Reachability:
             async with trio.open_nursery() as nursery:
                 for connection in self._host.swarm.connections:
                     watch(connection)
-                nursery.start_soon(self._look)
+                nursery.start_soon(self._look, watch)
                 nursery.start_soon(self.autonat.run)
                 if self.mapper is not None:
                     nursery.start_soon(self.mapper.run)
@@ -232,16 +242,21 @@ class Reachability:
             self._host.swarm.watchers.remove(watch)
             self._host.review = list
 
-    async def _look(self) -> None:
+    async def _look(self, ask: Callable[[Connection], None]) -> None:
         """Notice when this machine's addresses change, and forget what is old."""
+        asked_at = self._changed_at
         while True:
             own = self._host.own_addresses
             if own != self._own:
                 if self._own:
-                    logger.info("the network has changed: finding out again how this node can be reached")
                     self._start_over()
                 self._own = own
             now = trio.current_time()
+            if asked_at < self._changed_at <= now - self._settings.change_s:
+                asked_at = now
+                for connection in self._host.swarm.connections:
+                    if connection not in self._sights:
+                        ask(connection)
             for connection, sight in list(self._sights.items()):
                 if connection.mux.is_closed:
                     del self._sights[connection]
@@ -252,12 +267,18 @@ class Reachability:
             await trio.sleep(self._settings.look_s)
 
     def _start_over(self) -> None:
+        """The network has changed. What is known does not hold any more, and connections may lead nowhere."""
+        logger.info("the network has changed: finding out again how this node can be reached")
+        self._changed_at = trio.current_time()
         self._sights.clear()
+        self._outer.clear()
         self._observed.forget()
         self._seen_outside_at = None
         self.autonat.recheck()
         if self.mapper is not None:
             self.mapper.network_changed()
+        self._host.swarm.network_changed()
+        self._moved()
 
     async def _ask_each(self, comings: trio.MemoryReceiveChannel[Connection]) -> None:
         async for connection in comings:
@@ -278,10 +299,22 @@ class Reachability:
         if observer is None or where is None or local is None:
             return
         now = trio.current_time()
+        if endpoints.is_public(connection.remote) and where.is_public and self._is_news(observer, where.ip):
+            self._start_over()
         if endpoints.is_public(connection.remote) and self._observed.observe(observer, local, where, now):
             self._sights[connection] = (observer, local, where)
+            logger.debug("%s sees our %s at %s", connection.peer_id, local, where)
             if self._seen_outside_at is None:
                 self._seen_outside_at = now
+
+    def _is_news(self, observer: str, ip: IpAddress) -> bool:
+        """Whether an observer sees us elsewhere than before: our router has another address. A NAT with many is not
+        the same to one observer for long."""
+        known = self._outer.pop((observer, ip.version), ip)
+        self._outer[observer, ip.version] = ip
+        while len(self._outer) > MAX_REMEMBERED:
+            self._outer.popitem(last=False)
+        return known != ip
 
     # Concluding
 
@@ -318,6 +351,8 @@ class Reachability:
         # dial-back does not show that strangers get in, too, and until it comes nothing shows it.
         own_ips = own_ip_set(self._own)
         is_behind_nat = any(ip not in own_ips for ip in self._observed.outer_ips())
+        if self.kind is Kind.UNKNOWN and not is_behind_nat and self._wanted:
+            return  # after a change of the network: nothing has told yet that they are not needed any more
         hidden = self.kind in (Kind.PUNCHABLE, Kind.RELAY_ONLY) or (is_behind_nat and self.kind is not Kind.MAPPED)
         count = RESERVATIONS if hidden else 0
         if self._wanted is None or self._wanted != count:

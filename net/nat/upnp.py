@@ -45,6 +45,8 @@ class UpnpGateway:
             await _in_thread(lambda: self._device.deleteportmapping(lease.port, port.transport.upper()))
 
     def _map(self, port: Port, lifetime_s: int, external: int) -> Lease:
+        # First of all: should the router not know it, then nothing is mapped that nobody would give back.
+        ip = ipaddress.IPv4Address(self._device.externalipaddress())
         for number in [external, *random.sample(OTHER_PORTS, OTHER_TRIES)]:
             try:
                 granted_s = self._add(port, number, lifetime_s)
@@ -53,7 +55,6 @@ class UpnpGateway:
                     raise
                 logger.debug("UPnP: outer port %d is somebody else's", number)
             else:
-                ip = ipaddress.IPv4Address(self._device.externalipaddress())
                 return Lease(ip=ip, port=number, lifetime_s=float(granted_s))
         raise GatewayError("the router's ports that were tried are all in use")
 

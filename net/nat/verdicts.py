@@ -73,10 +73,10 @@ class Verdicts:
     def next_due(self) -> float:
         return min((checks.due for checks in self._checks.values()), default=math.inf)
 
-    def hasten(self, now: float) -> None:
-        """Somebody new can be asked: what is not settled is due now."""
+    def hasten(self, server: str, now: float) -> None:
+        """A server of this network can be asked: what is not settled, and lacks its word, is due now."""
         for address, checks in self._checks.items():
-            if self.of(address) is not Verdict.REACHABLE and len(checks.by) < WANTED:
+            if self.of(address) is not Verdict.REACHABLE and len(checks.by) < WANTED and server not in checks.by:
                 checks.due = min(checks.due, now)
 
     def asked(self, address: Multiaddr) -> set[str]:

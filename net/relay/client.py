@@ -28,6 +28,8 @@ __all__ = ["Candidates", "RelayClient", "RelayClientSettings", "known_servers"]
 
 logger = logging.getLogger(__name__)
 
+MAX_DOUBLINGS = 16  # of a pause, which has a limit long before
+
 Candidates = Callable[[], Awaitable[Iterable[PeerAddress]]]
 
 
@@ -39,7 +41,8 @@ class RelayClientSettings:
     attempts: int = 3  # side by side for each reservation that is missing: one that does not answer holds nobody up
     candidates_s: float = 10.0  # for the candidates to be named
     search_s: float = 10.0  # before candidates are asked for again when all known ones have failed
-    backoff_s: float = 60.0  # before a candidate that failed is tried again; doubled each time,
+    steady_s: float = 10.0  # a reservation that was held for so long was a good one: its relay is asked again at once
+    backoff_s: float = 2.0  # before a candidate that failed is tried again; doubled each time,
     max_backoff_s: float = 3600.0  # up to this
     max_candidates: int = 64  # remembered
 
@@ -47,7 +50,7 @@ class RelayClientSettings:
 @dataclass(kw_only=True)
 class _Candidate:
     relay: PeerAddress
-    failures: int = 0
+    failures: int = 0  # since it held a reservation for long
     not_before: float = -math.inf
 
 
@@ -58,6 +61,7 @@ class _Slot:
     relay: PeerAddress
     scope: trio.CancelScope
     reservation: Reservation | None = None
+    since: float = math.inf  # when that was made
 
 
 class RelayClient:
@@ -92,6 +96,12 @@ class RelayClient:
         self._wanted = count
         self._changed.set()
 
+    def network_changed(self) -> None:
+        """Whoever could not be reached before may be reached now."""
+        for candidate in self._known.values():
+            candidate.failures, candidate.not_before = 0, -math.inf
+        self._changed.set()
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Get, renew and replace reservations until cancelled; what is announced follows by itself."""
         try:
@@ -100,7 +110,7 @@ class RelayClient:
                 while True:
                     self._changed = trio.Event()
                     await self._adjust(nursery)
-                    with trio.move_on_after(self._settings.search_s if self._missing() else math.inf):
+                    with trio.CancelScope(deadline=self._next_at()):
                         await self._changed.wait()
         finally:
             self._slots.clear()
@@ -110,6 +120,14 @@ class RelayClient:
 
     def _missing(self) -> int:
         return self._wanted - len(self.reservations)
+
+    def _next_at(self) -> float:
+        """When there is something to do, should nothing happen."""
+        if self._missing() <= 0:
+            return math.inf
+        now = trio.current_time()
+        waiting = [each.not_before for each in self._known.values() if each.relay.peer_id not in self._slots]
+        return min(now + self._settings.search_s, *(at for at in waiting if at > now), math.inf)
 
     async def _adjust(self, nursery: trio.Nursery) -> None:
         """Begin what attempts are due, or let go what is too much."""
@@ -166,9 +184,16 @@ class RelayClient:
             with slot.scope:
                 await self._reserve(candidate, slot)
         except* errors.NetError as group:
-            candidate.failures += 1
-            pause_s = self._settings.backoff_s * 2.0 ** (candidate.failures - 1)
-            candidate.not_before = trio.current_time() + min(pause_s, self._settings.max_backoff_s)
+            now = trio.current_time()
+            if now - slot.since >= self._settings.steady_s:
+                candidate.failures = 0
+                candidate.not_before = now
+            else:
+                pause_s = self._settings.backoff_s * 2.0 ** min(candidate.failures, MAX_DOUBLINGS)
+                candidate.failures += 1
+                candidate.not_before = now + min(pause_s, self._settings.max_backoff_s)
+            if slot.reservation is not None:
+                self._host.swarm.check()  # not the relay but our own network may have failed
             logger.info("%s: %s", candidate.relay.peer_id, group.exceptions[0])
         finally:
             if self._slots.get(candidate.relay.peer_id) is slot:
@@ -186,7 +211,7 @@ class RelayClient:
                 slot.reservation = await nursery.start(self._circuits.reserve, relay, self._host.swarm.accept)
             if attempt.cancelled_caught:
                 raise errors.PeerFailed(relay.peer_id, f"no reservation within {self._settings.attempt_s:g} s")
-            candidate.failures = 0
+            slot.since = trio.current_time()
             self._announce()
             self._changed.set()
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,10 +129,12 @@ class RelayServer:
             raise
 
     async def _reserve(self, connection: Connection, stream: Stream) -> None:
+        if self._turns is None:
+            raise Refused(Status.RESERVATION_REFUSED, "the relay is not running any more")
         now = trio.current_time()
         self._forget_the_gone()
         peer_id = connection.peer_id
-        expires_at = self._reservations.reserve(peer_id, ip_group(connection.remote), now)
+        expires_at = self._reservations.reserve(peer_id, ip_group(connection.now_at), now)
         expires_s = int(time.time() + expires_at - now)
         reservation = wire.Reservation(
             expire=expires_s,
@@ -153,7 +156,7 @@ class RelayServer:
         if self._direct_connection(target) is None:
             self._reservations.drop(target)
         source = connection.peer_id
-        slot = self._reservations.open_circuit(source, target, ip_group(connection.remote), trio.current_time())
+        slot = self._reservations.open_circuit(source, target, ip_group(connection.now_at), trio.current_time())
         try:
             with trio.CancelScope() as scope:
                 self._scopes.add(scope)
@@ -178,9 +181,6 @@ class RelayServer:
         Raises:
             Refused: it has not.
         """
-        connection = self._direct_connection(slot.target)
-        if connection is None:
-            raise Refused(Status.NO_RESERVATION, f"{slot.target} is gone")
         message = StopMessage(
             type=StopMessage.CONNECT,
             peer=wire.peer(slot.source),
@@ -188,20 +188,49 @@ class RelayServer:
         )
         try:
             with trio.fail_after(STOP_S):
-                far = await self.host.open_stream_over(connection, [wire.STOP])
-                try:
-                    await wire.send_message(far, message)
-                    status = wire.status_of(await wire.receive_stop(far))
-                    if status != Status.OK:
-                        raise Refused(Status.CONNECTION_FAILED, f"{slot.target} says {status}")
-                except BaseException:
-                    far.reset()
-                    raise
-                return far
+                return await self._stop_at_newest(slot.target, message)
         except Refused:
             raise
         except (errors.NetError, trio.TooSlowError) as error:
             raise Refused(Status.CONNECTION_FAILED, f"{slot.target} does not take it: {error}") from error
+
+    async def _stop_at_newest(self, target: PeerId, message: StopMessage) -> Stream:
+        """Ask the target; again, should it connect anew meanwhile: then the connection before may be dead."""
+        while (connection := self._direct_connection(target)) is not None:
+            connection.mux.check()
+            with trio.CancelScope() as scope, self._watched(target, scope):
+                try:
+                    return await self._stop(connection, message)
+                except errors.ConnectionLost:
+                    if not connection.mux.is_closed:
+                        raise
+        raise Refused(Status.NO_RESERVATION, f"{target} is gone")
+
+    @contextmanager
+    def _watched(self, peer_id: PeerId, scope: trio.CancelScope) -> Iterator[None]:
+        """Cancel the scope when the peer connects."""
+
+        def watch(connection: Connection) -> None:
+            if connection.peer_id == peer_id and not connection.relayed:
+                scope.cancel()
+
+        self.host.swarm.watchers.append(watch)
+        try:
+            yield
+        finally:
+            self.host.swarm.watchers.remove(watch)
+
+    async def _stop(self, connection: Connection, message: StopMessage) -> Stream:
+        far = await self.host.open_stream_over(connection, [wire.STOP])
+        try:
+            await wire.send_message(far, message)
+            status = wire.status_of(await wire.receive_stop(far))
+            if status != Status.OK:
+                raise Refused(Status.CONNECTION_FAILED, f"{connection.peer_id} says {status}")
+        except BaseException:
+            far.reset()
+            raise
+        return far
 
     @property
     def turns(self) -> Turns:

@@ -25,7 +25,7 @@ import trio
 from Crypto.Cipher import Salsa20
 
 from net.errors import IdentityError
-from net.io import SingleUse
+from net.io import SingleUse, check_max_bytes
 
 KEY_BYTES = 32
 NONCE_BYTES = 24
@@ -92,6 +92,7 @@ class PrivateStream(trio.abc.Stream):
         await self._stream.wait_send_all_might_not_block()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        check_max_bytes(max_bytes)
         with self._receiving:
             while self._receiver is None:
                 part = await self._stream.receive_some(NONCE_BYTES - len(self._nonce))

@@ -24,6 +24,7 @@ __all__ = [
     "PunchingTransport",
     "RawConnection",
     "RawStream",
+    "RebindingTransport",
     "RunningTransport",
     "TrafficLimit",
     "Transport",
@@ -140,6 +141,14 @@ class HostedTransport(Transport, Protocol):
 
     def attach(self, host: Host) -> None:
         """Use this host. Called once, before it runs."""
+
+
+@runtime_checkable
+class RebindingTransport(Transport, Protocol):
+    """A transport whose connections outlive a change of our address."""
+
+    def rebind(self) -> None:
+        """Our network has changed: go on from where we are now."""
 
 
 @runtime_checkable

@@ -38,9 +38,10 @@ logger = logging.getLogger(__name__)
 
 ANSWER_S = 10.0  # of a relay to a RESERVE, and of a relay that asks us to take a circuit
 MAX_ADDRESSES = 4  # of one relay that we announce
-# Of a reservation. Clocks may differ by an hour: an end that has passed already is no end.
-DEFAULT_LIFETIME_S, MAX_LIFETIME_S = 120.0, 3600.0
+# Of a reservation. Clocks may differ by an hour: an end that has passed already, or nearly, is no end.
+LEAST_LIFETIME_S, DEFAULT_LIFETIME_S, MAX_LIFETIME_S = 10.0, 120.0, 3600.0
 RENEW_AFTER = 0.75  # of the lifetime
+CHECK_S = 1.0  # between looks whether the relay still answers: without it nobody reaches us
 RETRY_S, MAX_RETRY_S = 1.0, 60.0  # of a listener whose relay is gone
 
 REASONS: dict[int, str] = {
@@ -190,7 +191,7 @@ class CircuitTransport:
             task_status.started(reservation)
             while True:
                 with trio.move_on_after(RENEW_AFTER * reservation.lifetime_s):
-                    await connection.ended.wait()
+                    await _wait_for_end(connection)
                 connection = self._still_connected(relay, connection)
                 reservation = await self._request(relay, connection)
         finally:
@@ -297,6 +298,14 @@ class CircuitStream(trio.abc.Stream):
             self._left_bytes -= count
 
 
+async def _wait_for_end(connection: Connection) -> None:
+    """Until the connection ends, which it does soon when nobody answers any more."""
+    while not connection.ended.is_set():
+        connection.mux.check()
+        with trio.move_on_after(CHECK_S):
+            await connection.ended.wait()
+
+
 async def _run_then_set(accept: Accept, arrived: Arrived, ended: trio.Event) -> None:
     try:
         await accept(arrived)
@@ -336,7 +345,7 @@ def _read_reservation(relay: PeerAddress, me: PeerId, answer: Any) -> Reservatio
     return Reservation(
         relay=relay,
         addresses=_circuit_addresses(relay, granted.addrs),
-        lifetime_s=min(remaining_s, MAX_LIFETIME_S) if remaining_s > 0 else DEFAULT_LIFETIME_S,
+        lifetime_s=min(remaining_s, MAX_LIFETIME_S) if remaining_s >= LEAST_LIFETIME_S else DEFAULT_LIFETIME_S,
         limit=wire.read_limit(answer),
     )
 

@@ -206,6 +206,28 @@ async def test_two_listeners_agree_after_a_second(autojump_clock: MockClock) -> 
         await ping_once(w.near, w.far.peer_id)
 
 
+async def test_a_dialler_that_meets_a_dialler_gives_in(autojump_clock: MockClock) -> None:
+    """As with go-libp2p before its issue 3171, when it is the one that was called."""
+    async with world(near_punches=False) as w:
+        connections: list[Connection] = []
+
+        async def punch() -> None:
+            connections.append(await w.near.swarm.punch(w.far.peer_id, [Multiaddr("/memory/1002")], listener=False))
+
+        async def dial() -> None:
+            connections.append(await w.far.swarm.dial(w.near.peer_id, [Multiaddr("/memory/1001")]))
+
+        with trio.move_on_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(punch)
+                nursery.start_soon(dial)
+        assert {connection.peer_id: connection.outbound for connection in connections} == {
+            w.near.peer_id: True,
+            w.far.peer_id: False,
+        }
+        await ping_once(w.near, w.far.peer_id)
+
+
 async def test_somebody_else_at_the_punched_address_is_refused(autojump_clock: MockClock) -> None:
     async with world(near_punches=False) as w:
         failures: list[Exception] = []

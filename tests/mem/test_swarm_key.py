@@ -104,3 +104,14 @@ async def test_many_small_and_large_sends_arrive_as_they_were(autojump_clock: Mo
 
         nursery.start_soon(send)
         assert await receive_count(receiver, sum(map(len, parts))) == b"".join(parts)
+
+
+async def test_reading_keeps_to_the_rules_of_streams() -> None:
+    one, other = (PrivateStream(end, OURS) for end in memory_stream_pair())
+    await one.send_all(b"some bytes")
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match="max_bytes"):
+            await other.receive_some(wrong)
+    assert await other.receive_some(4) == b"some"
+    with pytest.raises(ValueError, match="max_bytes"):
+        await other.receive_some(0)

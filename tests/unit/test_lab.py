@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from interop.lab import nat, plan
 from interop.lab.core import Port, Star
 from interop.lab.network import internet
+from interop.lab.nodes import Reached
+from interop.lab.paths import way
 from interop.lab.plan import Line
 
 
@@ -121,6 +123,33 @@ def test_thirteen_of_sixteen_pairs_can_punch() -> None:
         ("symmetric", "port-restricted"),
         ("symmetric", "symmetric"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "together"),
+    [
+        ("full-cone", "full-cone", "full-cone"),
+        ("port-restricted", "full-cone", "port-restricted"),
+        ("port-restricted", "symmetric", "symmetric"),
+        ("symmetric", "address-restricted", "symmetric"),
+    ],
+)
+def test_two_levels_are_as_strict_as_the_stricter_one(inner: str, outer: str, together: str) -> None:
+    assert nat.nested(inner, outer) == nat.nested(outer, inner) == together
+
+
+@pytest.mark.parametrize(
+    ("remote", "words"),
+    [
+        ("/ip4/77.1.0.1/tcp/4001", "direct ipv4 tcp"),
+        ("/ip4/192.168.1.11/udp/4001/quic-v1", "direct private ipv4 quic"),
+        ("/ip6/2a00:1:0:1::a/udp/4001/quic-v1", "direct ipv6 quic"),
+    ],
+)
+def test_a_path_is_told_in_words(remote: str, words: str) -> None:
+    assert way(Reached(connected=True, direct=True, remote=remote)) == words
+    assert way(Reached(connected=True, direct=False, remote=remote)) == "relayed"
+    assert way(Reached(connected=False, direct=False)) == "nothing"
 
 
 def test_only_filters_that_know_strangers_let_them_in() -> None:

@@ -168,7 +168,9 @@ def test_when_to_ask_again() -> None:
     verdicts.told(HERE, "a", False)
     verdicts.round_over(HERE, 0.0, alone=True)
     assert verdicts.next_due() == UNREACHABLE_S
-    verdicts.hasten(10.0)  # somebody else can be asked
+    verdicts.hasten("a", 10.0)  # it has been asked
+    assert verdicts.due(10.0) == []
+    verdicts.hasten("b", 10.0)  # somebody else can be asked
     assert verdicts.due(10.0) == [HERE]
     verdicts.told(HERE, "a", True)
     verdicts.round_over(HERE, 10.0, alone=True)

@@ -13,7 +13,8 @@ from typing import Protocol
 import trio
 from aioquic.quic import events
 
-from net import errors
+from net import addresses, errors
+from net.addresses import Multiaddr
 from net.identity import PeerId
 from net.io import SingleUse, check_max_bytes
 from net.mux.base import Muxer, Stream
@@ -27,9 +28,12 @@ STREAM_SEND_BUFFER_BYTES = 256 * 1024  # waiting in one stream before send_all w
 RECEIVE_BYTES = 256 * 1024  # given to a reader at once
 KEEPALIVE_S = 4.0  # of silence, after which we ask
 DEAD_AFTER_S = 9.0
+CHECK_S = 1.0  # for the answer to ``check``, or four round trips
 GOODBYE_S = 1.0
 LINGER_S = 60.0  # for the peer's end of a stream that we closed
 GRAIN_S = 0.000_05  # what is due just now may not be in aioquic's sums of floats
+BLOCKED_S = 0.01  # between looks at what is due while the socket is full: there is nothing to be done but to wait
+MAX_REASON_CHARACTERS = 200  # of a peer's parting words, which somebody may read
 LATE_S = 1.0  # a timer that fires so much later was not ours to blame the peer for
 BAD_CERTIFICATE = 0x100 + 42  # RFC 9001, section 4.8: CRYPTO_ERROR with TLS's alert
 NO_APPLICATION_PROTOCOL = 0x100 + 120
@@ -249,13 +253,23 @@ class QuicConnection(Muxer):
         self._on_stream: Callable[[QuicStream], Awaitable[None]] | None = None
         self._closing = False
         self._goodbye_at = float("inf")
+        self._linger_at = float("inf")  # when the first stream in ``_closed_here`` is to be refused
+        self._answer_by = float("inf")  # set by ``check``
         self._heard_at = trio.current_time()
         self._asked = False  # since we heard
         self._alarm = trio.CancelScope()
+        self._met_at: Address | None = None
 
     @property
     def round_trip_s(self) -> float | None:
         return self.core.round_trip_s
+
+    @property
+    def moved_to(self) -> Multiaddr | None:
+        where = None if self.core.is_client else self.core.validated_address  # only clients move (RFC 9000, section 9)
+        if where is None or where == self._met_at:
+            return None
+        return addresses.quic(*where[:2])
 
     @property
     def open_streams(self) -> int:
@@ -352,13 +366,17 @@ class QuicConnection(Muxer):
 
     def _set_alarm(self) -> None:
         timer = self.core.get_timer()
-        heard = self._heard_at + (DEAD_AFTER_S if self._asked else KEEPALIVE_S)
-        self._alarm.deadline = min(float("inf") if timer is None else timer + GRAIN_S, heard, self._goodbye_at)
+        heard = min(self._heard_at + (DEAD_AFTER_S if self._asked else KEEPALIVE_S), self._answer_by)
+        due = min(float("inf") if timer is None else timer + GRAIN_S, self._goodbye_at, self._linger_at)
+        if not self._owner.can_send():
+            due = max(due, trio.current_time() + BLOCKED_S)
+        self._alarm.deadline = min(due, heard)
 
     def _on_alarm(self, now: float) -> None:
-        dead_at = self._heard_at + DEAD_AFTER_S
+        dead_at = min(self._heard_at + DEAD_AFTER_S, self._answer_by)
         if self._asked and now >= dead_at + LATE_S:
-            self._heard_at = now - KEEPALIVE_S  # we ourselves were asleep: the peer gets another chance
+            # We ourselves were asleep: the peer gets another chance.
+            self._heard_at, self._answer_by = now - KEEPALIVE_S, max(self._answer_by, now + CHECK_S)
         elif now >= dead_at:
             self.leave(errors.ConnectionLost("the peer has stopped answering"))
             return
@@ -366,17 +384,30 @@ class QuicConnection(Muxer):
             self._asked = True
             if self.core.is_established:
                 self.core.send_ping(0)
-            self._refuse_lingering(now)
+        self._refuse_lingering(now)
         self.core.handle_timer(now)
         self._handle_events()
         self.transmit()
 
+    def check(self) -> None:
+        if self.ended.is_set() or not self.core.is_established or self._answer_by < float("inf"):
+            return
+        self._asked = True
+        patience_s = 3 * CHECK_S if self.round_trip_s is None else max(CHECK_S, 4 * self.round_trip_s)
+        self._answer_by = trio.current_time() + patience_s
+        self.core.send_ping(0)
+        self.transmit()
+
     def _refuse_lingering(self, now: float) -> None:
-        for stream_id, (_, until) in list(self._closed_here.items()):
-            if not self.core.is_open(stream_id):
-                del self._closed_here[stream_id]
-            elif now >= until:
+        if now < self._linger_at:
+            return
+        self._linger_at = float("inf")
+        for stream_id, (stream, until) in self._closed_here.items():
+            if now >= until:
                 self.core.stop(stream_id)
+                self._closed_here[stream_id] = stream, float("inf")
+            else:
+                self._linger_at = min(self._linger_at, until)
 
     # Datagrams
 
@@ -388,7 +419,7 @@ class QuicConnection(Muxer):
     def receive(self, datagrams: Sequence[bytes], address: Address) -> None:
         """Take what has come; ``transmit`` must follow."""
         now = trio.current_time()
-        self._heard_at, self._asked = now, False
+        self._heard_at, self._answer_by, self._asked = now, float("inf"), False
         self.core.receive_datagrams(datagrams, address, now)
         self._handle_events()
 
@@ -402,9 +433,14 @@ class QuicConnection(Muxer):
 
     def transmit(self) -> None:
         """Send what may be sent now."""
-        if self.ended.is_set() or not self._owner.can_send():
+        if self.ended.is_set():
             return
         now = trio.current_time()
+        if not self._owner.can_send():
+            if self._closing:
+                self._say_goodbye(now)
+            self._set_alarm()
+            return
         datagrams = self.core.datagrams_to_send(now)
         if datagrams:
             self._owner.send(self, datagrams)
@@ -419,7 +455,7 @@ class QuicConnection(Muxer):
         reason = self.core.termination
         if reason is None or self.ended.is_set():
             return
-        said = reason.reason_phrase or f"error {reason.error_code:#x}"
+        said = _readable(reason.reason_phrase) or f"error {reason.error_code:#x}"
         if not self.core.was_ended_by_peer:  # aioquic met something that is against the rules, or its idle timeout
             lost = reason.reason_phrase == "Idle timeout"
             kind = errors.ConnectionLost if lost else errors.RemoteProtocolError
@@ -460,6 +496,7 @@ class QuicConnection(Muxer):
         except errors.RemoteProtocolError as error:
             self.leave(error, code=BAD_CERTIFICATE)
             return
+        self._met_at = self.core.get_peer_address()
         self.established.set()
 
     def _on_data(self, stream_id: int, data: bytes, ended: bool) -> None:
@@ -469,6 +506,8 @@ class QuicConnection(Muxer):
             dropped = self._closed_here.get(stream_id)
             if dropped is not None:
                 dropped[0].drop(len(data))
+                if ended:
+                    del self._closed_here[stream_id]
                 return
             stream = self._accept(stream_id)
             if stream is None:
@@ -483,6 +522,7 @@ class QuicConnection(Muxer):
     def _on_reset(self, stream_id: int) -> None:
         """The peer gave up sending. What of both directions is left, we give up too, as Yamux does."""
         error = errors.StreamReset("the stream was reset by the other side")
+        self._closed_here.pop(stream_id, None)
         stream = self._streams.pop(stream_id, None)
         if stream is not None:
             stream.break_off(error)
@@ -507,9 +547,10 @@ class QuicConnection(Muxer):
         return stream
 
     def _refuse(self, stream: QuicStream) -> None:
-        self.core.stop(stream.stream_id)
+        if self.core.can_receive(stream.stream_id):
+            self.core.stop(stream.stream_id)
+            self._closed_here[stream.stream_id] = (stream, float("inf"))
         self.core.reset_stream(stream.stream_id, 0)
-        self._closed_here[stream.stream_id] = (stream, float("inf"))
 
     def _serve(self, stream: QuicStream) -> None:
         if self._nursery is not None:
@@ -548,9 +589,16 @@ class QuicConnection(Muxer):
             self.transmit()
 
     def close_stream(self, stream: QuicStream) -> None:
-        if self._streams.pop(stream.stream_id, None) is not None and self.core.is_open(stream.stream_id):
-            self._closed_here[stream.stream_id] = (stream, trio.current_time() + LINGER_S)
+        if self._streams.pop(stream.stream_id, None) is not None and self.core.can_receive(stream.stream_id):
+            until = trio.current_time() + LINGER_S
+            self._closed_here[stream.stream_id] = (stream, until)
+            self._linger_at = min(self._linger_at, until)
 
     def forget_ended(self, stream: QuicStream) -> None:
         if stream.is_over:
             self._streams.pop(stream.stream_id, None)
+
+
+def _readable(phrase: str) -> str:
+    """A peer's words as one short line without control characters."""
+    return "".join(each if each.isprintable() else " " for each in phrase[:MAX_REASON_CHARACTERS]).strip()

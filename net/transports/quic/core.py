@@ -142,6 +142,11 @@ class QuicCore(QuicConnection):
         return self._state is QuicConnectionState.DRAINING
 
     @property
+    def validated_address(self) -> NetworkAddress | None:
+        """Where the peer is, as far as that has been shown."""
+        return next((path.addr for path in self._network_paths[:1] if path.is_validated), None)
+
+    @property
     def datagram_bytes(self) -> int:
         """How large our datagrams are."""
         return self._max_datagram_size
@@ -153,9 +158,10 @@ class QuicCore(QuicConnection):
         stream = self._streams.get(stream_id)
         return 0 if stream is None else stream.sender._buffer_stop - stream.sender.highest_offset
 
-    def is_open(self, stream_id: int) -> bool:
-        """Whether either side may still say something about it."""
-        return stream_id in self._streams
+    def can_receive(self, stream_id: int) -> bool:
+        """Whether the peer may still send something that has not come."""
+        stream = self._streams.get(stream_id)
+        return stream is not None and not stream.receiver.is_finished
 
     @property
     def has_unacknowledged(self) -> bool:
@@ -314,6 +320,8 @@ class QuicCore(QuicConnection):
         """MAX_DATA when a quarter of the window was taken, MAX_STREAMS when half of the streams have ended."""
         data, streams = self._local_max_data, self._local_max_streams_bidi
         limit = data.used - self.unread_bytes + CONNECTION_WINDOW_BYTES
+        if limit - data.value >= CONNECTION_WINDOW_BYTES // 4:
+            limit -= sum(len(stream.receiver._buffer) for stream in self._streams.values())  # behind gaps
         if limit - data.value >= CONNECTION_WINDOW_BYTES // 4:
             data.value = limit
         due = [data] if data.value != data.sent else []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
@@ -25,7 +25,8 @@ from aioquic.quic.packet import (
 )
 from aioquic.quic.retry import QuicRetryTokenHandler
 
-from net import errors
+from net import addresses, errors
+from net.addresses import ip_group
 from net.security.certificate import Credentials
 from net.transports.quic.connection import GOODBYE_S, QuicConnection
 from net.transports.quic.core import BASE_DATAGRAM_BYTES, CID_BYTES, QuicCore, configure
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 MAX_HANDSHAKES = 128  # inbound, whose peer is not known yet
 RETRY_FROM = 32  # of them, from where a newcomer proves its address first
+HANDSHAKES_PER_IP_GROUP = 8  # of those who have, as connections are counted
 HANDSHAKE_S = 10.0
 TURN_DATAGRAMS = 128  # before others have their turn
 MAX_WAITING_DATAGRAMS = 4096  # for the socket; more are dropped, as networks do
@@ -65,6 +67,7 @@ class Endpoint:
         self._by_id: dict[bytes, QuicConnection] = {}
         self._dialling: dict[QuicConnection, Address] = {}
         self._handshakes = 0
+        self._by_group: Counter[str | None] = Counter()  # None: the address is not proven, or loopback
         self._retry = QuicRetryTokenHandler()
         self._last_words: OrderedDict[bytes, list[bytes]] = OrderedDict()  # by id, of connections that are over
         self._waiting: deque[tuple[bytes, Address]] = deque()  # for the socket
@@ -101,7 +104,7 @@ class Endpoint:
 
     async def _say_goodbye(self) -> None:
         for connection in list(self._connections):
-            connection.close()
+            self._guard(connection, connection.close)
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 1.5 * GOODBYE_S):
             while self._connections:
                 await self._changed.park()
@@ -132,7 +135,7 @@ class Endpoint:
     def move(self) -> None:
         """Let the peers know that we are to be found elsewhere, by a datagram from there."""
         for connection in list(self._connections):
-            connection.move()
+            self._guard(connection, connection.move)
 
     def punch(self, data: bytes, address: Address) -> None:
         """Send what no QUIC endpoint takes for a packet."""
@@ -239,7 +242,7 @@ class Endpoint:
                 except trio.ClosedResourceError:
                     await trio.lowlevel.checkpoint()  # we have another one
             for connection in list(self._connections):
-                connection.transmit()
+                self._guard(connection, connection.transmit)
             if not self._waiting:
                 self._has_waiting = trio.Event()
                 await self._has_waiting.wait()
@@ -307,9 +310,14 @@ class Endpoint:
         if retried is None and self._handshakes >= RETRY_FROM:
             self._ask_again(header.destination_cid, header.source_cid, address)
             return None
+        group = None if retried is None else ip_group(addresses.quic(*address[:2]))
+        if group is not None and self._by_group[group] >= HANDSHAKES_PER_IP_GROUP:
+            return None
         core = QuicCore(self._server, original_destination_connection_id=original, retry_source_connection_id=retried)
         connection = self._add(core, [core.host_cid, name])
-        self._accepting.start_soon(self._shake_hands, connection, address)
+        self._handshakes += 1  # at once: a turn of the loop may bring many more
+        self._by_group[group] += 1
+        self._accepting.start_soon(self._shake_hands, connection, address, group)
         return connection
 
     def _ask_again(self, destination: bytes, source: bytes, address: Address) -> None:
@@ -330,16 +338,17 @@ class Endpoint:
         )
         self.udp.send([answer], address)
 
-    async def _shake_hands(self, connection: QuicConnection, address: Address) -> None:
-        self._handshakes += 1
+    async def _shake_hands(self, connection: QuicConnection, address: Address, group: str | None) -> None:
+        """One inbound connection, from its first datagram to its end."""
         try:
             with trio.move_on_after(HANDSHAKE_S):
                 await connection.established.wait()
         finally:
             self._handshakes -= 1
+            self._by_group -= Counter([group])  # which drops what has come to nothing
             if connection.peer_id is None:
                 why = errors.DialError(f"the handshake took longer than {HANDSHAKE_S:g} s")
-                connection.leave(why)
+                self._guard(connection, partial(connection.leave, why))
         if connection.peer_id is not None and not connection.ended.is_set() and self._accept is not None:
             await self._accept(connection, address)
         elif connection.failure is not None:

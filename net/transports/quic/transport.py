@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import logging
 import os
 import random
 import socket
@@ -21,12 +22,13 @@ from net.transports.quic.connection import QuicConnection
 from net.transports.quic.endpoint import LONG_HEADER, Endpoint
 from net.transports.quic.udp import Address, UdpSocket, source
 
+logger = logging.getLogger(__name__)
+
 SECURITY = "/tls/1.0.0"
 PUNCH_BYTES = 64
 PUNCH_BETWEEN_S = (0.010, 0.200)  # DCUtR's specification
 PUNCH_S = 5.0
 ANY = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}
-PORTS_TRIED = 32
 
 
 class QuicTransport:
@@ -144,15 +146,20 @@ class QuicTransport:
         endpoint = self._existing(family, (where[0], where[1]))
         return None if endpoint is None else int(endpoint.udp.address[1])
 
-    async def rebind(self) -> None:
+    def rebind(self) -> None:
         """Our network has changed: go on from where we are now.
 
         Sockets that only dial are replaced. Those that listen keep their port, which peers know; what was dialled
         from them tells its peers where it now comes from. Streams go on either way.
         """
-        await trio.lowlevel.checkpoint()
         for family, endpoint in self._dialling.items():
-            endpoint.rebind(UdpSocket(family, ANY[family], 0))
+            try:
+                udp = UdpSocket(family, ANY[family], 0)
+            except OSError as error:  # this network may lack a whole family
+                logger.debug("no other UDP socket: %s", _reason(error))
+                endpoint.move()
+            else:
+                endpoint.rebind(udp)
         for endpoint in self._listening:
             endpoint.move()
 

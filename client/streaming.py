@@ -1,0 +1,42 @@
+"""Text as it comes: every token is shown at once, not only whole words."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TextIO
+
+from tokenizers.decoders import DecodeStream
+from transformers.generation.streamers import BaseStreamer
+
+
+class TextPrinter(BaseStreamer):  # type: ignore[misc]  # transformers has no types here
+    """A streamer for ``generate`` that prints the prompt and what follows, a character as soon as it is whole.
+
+    Args:
+        tokenizer: the model's, a fast one.
+        out: where to.
+    """
+
+    def __init__(self, tokenizer: Any, out: TextIO | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._out = out or sys.stdout
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []
+        self._printed = 0  # characters
+
+    def put(self, value: Any) -> None:
+        """Take the next token ids, of one row."""
+        for token in value.flatten().tolist():
+            self._ids.append(token)
+            self._print(self._stream.step(self._tokenizer.backend_tokenizer, token) or "")
+
+    def end(self) -> None:
+        """Print what is left of a character that was not finished, and end the line."""
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        self._print(text[self._printed :])
+        print(file=self._out, flush=True)
+
+    def _print(self, text: str) -> None:
+        if text:
+            self._printed += len(text)
+            print(text, end="", file=self._out, flush=True)
