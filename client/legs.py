@@ -59,6 +59,7 @@ class Leg:
         self._connection: Connection | None = None
         self._token: bytes | None = None
         self._in_use = trio.Lock()  # by a call, or by what moves it
+        self._attempt = trio.CancelScope()  # at reaching a node that is lost
 
     async def open(self, *, batch: int, max_length: int) -> None:
         """Begin the session.
@@ -105,8 +106,9 @@ class Leg:
             PeerFailed: it is lost for good.
         """
         while True:
-            async with self._in_use:
-                await self._leave_relay()
+            if not self._in_use.locked():
+                async with self._in_use:
+                    await self._leave_relay()
             connection = self._connection
             if connection is None:
                 return
@@ -153,7 +155,8 @@ class Leg:
             PeerFailed: it cannot be had; the leg is as it was.
         """
         lane, connection = await self._open_lane(MOVE_TIMEOUT_S, at_once=True)
-        with trio.CancelScope(shield=True):  # a node that was asked gives the session to this lane, and no other
+        # A node that was asked gives the session to this lane, and to no other: nobody must break it off in between.
+        with trio.move_on_after(MOVE_TIMEOUT_S, shield=True) as scope:
             try:
                 await _ask(lane, "resume", Message(header={"token": self._token}), MOVE_TIMEOUT_S)
             except BaseException:
@@ -163,6 +166,8 @@ class Leg:
             logger.info("goes on with %s at %s", self._node.peer_id, connection.remote)
             if old is not None:
                 await old.aclose()
+        if scope.cancelled_caught:
+            raise errors.PeerFailed(self._node.peer_id, f"did not take the session up in {MOVE_TIMEOUT_S:g} s")
 
     async def _leave_relay(self) -> None:
         """Go on over a direct connection, if there is one by now."""
@@ -199,14 +204,15 @@ class Leg:
 
     async def _try_to_move(self) -> None:
         while True:
-            try:
-                await self._move()
-                return
-            except errors.PeerFailed as reason:
-                logger.info("not resumed yet: %s", reason)
-                if isinstance(reason.__cause__, errors.RpcError):
-                    raise
-            await trio.sleep(AGAIN_S)
+            with trio.CancelScope() as self._attempt:
+                try:
+                    await self._move()
+                    return
+                except errors.PeerFailed as reason:
+                    logger.info("not resumed yet: %s", reason)
+                    if isinstance(reason.__cause__, errors.RpcError):
+                        raise
+                await trio.sleep(AGAIN_S)
 
     async def _follow(self, began: float, scope: trio.CancelScope) -> None:
         """Learn where the node is now, and give it less time where others could take its place."""
@@ -216,7 +222,10 @@ class Leg:
             except (errors.NetError, UnknownModel) as error:
                 logger.info("no news of %s: %s", self._node.peer_id, error)
             else:
-                self._node = next((node for node in nodes if node.peer_id == self._node.peer_id), self._node)
+                known = self._node
+                self._node = next((node for node in nodes if node.peer_id == known.peer_id), known)
+                if self._node.addresses != known.addresses:
+                    self._attempt.cancel()  # perhaps nobody is there any more, and no answer will come
                 try:
                     choose_chain(nodes, avoid={self._node.peer_id: "lost"})
                 except MissingBlocks:

@@ -22,6 +22,7 @@ from net.transports.base import Transport
 from net.transports.memory import MemoryNetwork, MemoryTransport
 
 MEMORY_ANY = Multiaddr("/memory/0")
+UNREADABLE_ADDRESS = "*\x07eth0\u2603".encode()  # the library writes it out, but cannot take it apart
 
 
 def seeded(number: int) -> Identity:

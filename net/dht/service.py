@@ -144,9 +144,9 @@ class Dht:
 
     async def _renew(self) -> None:
         while True:
-            self._due = trio.Event()
             with trio.move_on_after(self.settings.announce_s * random.uniform(0.9, 1.1)):
                 await self._due.wait()
+            self._due = trio.Event()
             for key in list(self._announced):
                 if key not in self._announced:
                     continue  # withdrawn while another was renewed

@@ -17,7 +17,7 @@ from __future__ import annotations
 import enum
 import logging
 import math
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -39,7 +39,6 @@ from net.swarm import Connection
 
 logger = logging.getLogger(__name__)
 
-MAX_REMEMBERED = 128  # observers, and where they saw us last
 RESERVATIONS = 2  # of relays, for who cannot be reached: one may go away
 
 
@@ -175,7 +174,7 @@ class Reachability:
         self._observed = ObservedAddresses()
         self._sights: dict[Connection, tuple[str, Endpoint, Endpoint]] = {}
         self._own: list[Multiaddr] = []
-        self._outer: OrderedDict[tuple[str, int], IpAddress] = OrderedDict()  # by observer and version
+        self._outer: dict[int, set[IpAddress]] = {}  # by version: where we are seen, as far as that holds since long
         self._changed_at = -math.inf
         self._seen_outside_at: float | None = None  # when anybody first saw us at a public address
         self._changed = trio.Event()
@@ -249,8 +248,11 @@ class Reachability:
             own = self._host.own_addresses
             if own != self._own:
                 if self._own:
+                    self._outer.clear()
                     self._start_over()
                 self._own = own
+            if self._is_seen_elsewhere():
+                self._start_over()
             now = trio.current_time()
             if asked_at < self._changed_at <= now - self._settings.change_s:
                 asked_at = now
@@ -267,12 +269,13 @@ class Reachability:
             await trio.sleep(self._settings.look_s)
 
     def _start_over(self) -> None:
-        """The network has changed. What is known does not hold any more, and connections may lead nowhere."""
+        """The network has changed. What was known does not hold any more, and connections may lead nowhere."""
         logger.info("the network has changed: finding out again how this node can be reached")
         self._changed_at = trio.current_time()
-        self._sights.clear()
-        self._outer.clear()
+        self._sights = {each: sight for each, sight in self._sights.items() if self._is_outer(sight[-1].ip)}
         self._observed.forget()
+        for sight in self._sights.values():
+            self._observed.observe(*sight, self._changed_at)
         self._seen_outside_at = None
         self.autonat.recheck()
         if self.mapper is not None:
@@ -299,22 +302,31 @@ class Reachability:
         if observer is None or where is None or local is None:
             return
         now = trio.current_time()
-        if endpoints.is_public(connection.remote) and where.is_public and self._is_news(observer, where.ip):
-            self._start_over()
         if endpoints.is_public(connection.remote) and self._observed.observe(observer, local, where, now):
             self._sights[connection] = (observer, local, where)
             logger.debug("%s sees our %s at %s", connection.peer_id, local, where)
             if self._seen_outside_at is None:
                 self._seen_outside_at = now
+            if self._is_seen_elsewhere():
+                self._start_over()
 
-    def _is_news(self, observer: str, ip: IpAddress) -> bool:
-        """Whether an observer sees us elsewhere than before: our router has another address. A NAT with many is not
-        the same to one observer for long."""
-        known = self._outer.pop((observer, ip.version), ip)
-        self._outer[observer, ip.version] = ip
-        while len(self._outer) > MAX_REMEMBERED:
-            self._outer.popitem(last=False)
-        return known != ip
+    def _is_seen_elsewhere(self) -> bool:
+        """Whether nobody sees us any more at any of the public IPs that we had: our router has been given another."""
+        moved = False
+        for version in (4, 6):
+            live = {
+                where.ip
+                for connection, (_, _, where) in self._sights.items()
+                if where.ip.version == version and not connection.mux.is_closed
+            }
+            before = self._outer.get(version, set())
+            if live:
+                moved |= bool(before) and live.isdisjoint(before)
+                self._outer[version] = (before & live) or live  # who is behind a NAT with many is seen at some of them
+        return moved
+
+    def _is_outer(self, ip: IpAddress) -> bool:
+        return ip in self._outer.get(ip.version, ())
 
     # Concluding
 

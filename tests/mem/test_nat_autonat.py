@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 
 import pytest
@@ -23,7 +23,7 @@ from net.nat.messages import DialDataRequest, DialDataResponse, DialRequest, Dia
 from net.nat.verdicts import Verdict
 from net.swarm import Connection
 from tests.mem.internet import Internet, Machine
-from tests.net_helpers import seeded
+from tests.net_helpers import UNREADABLE_ADDRESS, seeded
 
 SERVERS = ["44.1.0.1", "44.2.0.1", "44.3.0.1", "44.4.0.1"]
 SECOND_IP = "45.9.0.9"
@@ -295,3 +295,83 @@ async def test_the_majority_of_the_servers_decides_and_checks_are_repeated(autoj
         await trio.sleep(5)
         assert client.verdicts.of(me.addresses[0]) is Verdict.REACHABLE
         nursery.cancel_scope.cancel()
+
+
+# What is no proof
+
+
+async def test_a_nonce_over_a_connection_of_ours_proves_nothing(autojump_clock: MockClock) -> None:
+    """The server knows the nonce, and could tell it without having dialled anything."""
+    internet = Internet()
+    machine = internet.machine("192.168.1.10", internet.router("45.1.0.1"))
+    async with (
+        host_at(internet.machine(SERVERS[0]), seeded(2)) as server,
+        host_at(machine, seeded(1)) as host,
+    ):
+
+        async def pretend(connection: Connection, stream: Stream) -> None:
+            data = await delimited.receive(stream, 8192, "a request")
+            nonce = messages.decode(data, DialRequest).nonce
+            back = await server.open_stream_over(connection, [messages.DIAL_BACK_PROTOCOL])
+            await send(back, delimited.frame(messages.encode_dial_back(nonce)))
+            with suppress(errors.NetError):
+                await delimited.receive(back, 8192, "an answer")
+            says = DialResponse(status=messages.OK, index=0, dialled=messages.OK)
+            await send(stream, delimited.frame(messages.encode(says)))
+
+        server.handle(messages.DIAL_REQUEST_PROTOCOL, pretend)
+        client = AutoNat(host, settings=dial_back(internet, "192.168.1.10"))
+        connection = await host.connect(server.peer_id, server.addresses)
+        with pytest.raises(errors.RemoteProtocolError, match="claims to have reached"):
+            await client.check(connection, [tcp("45.1.0.1", 4001)])
+
+
+async def test_a_dial_back_that_says_nothing_is_not_waited_for(autojump_clock: MockClock) -> None:
+    internet = Internet()
+    async with host_at(internet.machine("45.1.0.1"), seeded(1)) as host:
+        AutoNat(host)
+        async with open_host(seeded(5), transports=[internet.machine(SECOND_IP)]) as stranger:
+            connection = await stranger.connect(host.peer_id, host.addresses)
+            stream = await stranger.open_stream_over(connection, [messages.DIAL_BACK_PROTOCOL])
+            with trio.fail_after(30), pytest.raises(errors.StreamReset):
+                await stream.receive_some()
+
+
+async def test_a_server_that_comes_again_and_again_makes_us_ask_nobody(autojump_clock: MockClock) -> None:
+    """Its word we have. Who is new is another matter."""
+    internet = Internet()
+    machine = internet.machine("192.168.1.10", internet.router("45.1.0.1"))
+    async with (
+        asker_and_server(internet, machine) as (host, client, server, connection),
+        host_at(internet.machine(SERVERS[1]), seeded(3)) as other,
+        trio.open_nursery() as nursery,
+    ):
+        client.watch([tcp("45.1.0.1", 4001)])
+        await nursery.start(client.run)
+        client.met(connection, server.protocols)
+        await trio.sleep(20)
+        assert client.rounds == 1
+        for _ in range(20):
+            client.met(connection, server.protocols)
+            await trio.sleep(5)
+        assert client.rounds == 1
+        serve_dial_back(other, dial_back(internet, SERVERS[1]))
+        client.met(await host.connect(other.peer_id, other.addresses), other.protocols)
+        await trio.sleep(20)
+        assert client.rounds == 2
+        nursery.cancel_scope.cancel()
+
+
+async def test_bytes_that_only_look_like_an_address_are_refused(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The library writes this one out and reads it again, but cannot take it apart."""
+    internet = Internet()
+    async with asker_and_server(internet, internet.machine("45.1.0.1")) as (host, _, _, connection):
+        stream = await host.open_stream_over(connection, [messages.DIAL_REQUEST_PROTOCOL])
+        request = DialRequest(addresses=(UNREADABLE_ADDRESS,), nonce=1)
+        await send(stream, delimited.frame(messages.encode(request)))
+        answer = messages.decode(await delimited.receive(stream, 8192, "an answer"), DialResponse)
+        assert answer.status == messages.REFUSED
+        assert not caplog.records
+        stream.reset()

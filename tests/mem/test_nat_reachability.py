@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -162,6 +162,8 @@ class Node:
     host: Host
     reachability: Reachability
     wants: list[int]
+    moves: list[float]  # when it was told that the network has changed
+    peers: list[Host] = field(default_factory=list)  # that it has met
 
 
 @asynccontextmanager
@@ -174,9 +176,16 @@ async def node_at(
     async with open_host(seeded(number), listen=listen, transports=[machine]) as host, trio.open_nursery() as nursery:
         wants: list[int] = []
         settings = ReachabilitySettings(dial_back=dial_back)
-        reachability = Reachability(host, mapper=mapper, want=wants.append, settings=settings)
+        moves: list[float] = []
+        reachability = Reachability(
+            host,
+            mapper=mapper,
+            want=wants.append,
+            moved=lambda: moves.append(trio.current_time()),
+            settings=settings,
+        )
         await nursery.start(reachability.run)
-        yield Node(host=host, reachability=reachability, wants=wants)
+        yield Node(host=host, reachability=reachability, wants=wants, moves=moves)
         nursery.cancel_scope.cancel()
 
 
@@ -199,6 +208,7 @@ async def among_peers(
         async with node_at(internet, machine, 1, mapper) as node:
             for peer in where:
                 await node.host.connect(peer.peer_id, peer.addresses)
+            node.peers = where
             await trio.sleep(40)
             yield node
         nursery.cancel_scope.cancel()
@@ -298,6 +308,119 @@ async def test_another_network_is_found_out_anew(autojump_clock: MockClock, monk
         await trio.sleep(15)
         assert node.reachability.kind is Kind.UNKNOWN
         assert node.host.addresses == [tcp("10.0.0.7", 4001)]
+
+
+@asynccontextmanager
+async def behind_a_nat(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Node, Router, list[float]]]:
+    """A node that needs relays, its router, and when its swarm was told of another network."""
+    internet = Internet()
+    router = internet.router("45.1.0.1")
+    async with among_peers(internet.machine(INNER, router), internet) as node:
+        told: list[float] = []
+        network_changed = node.host.swarm.network_changed
+
+        def noted() -> None:
+            told.append(trio.current_time())
+            network_changed()
+
+        monkeypatch.setattr(node.host.swarm, "network_changed", noted)
+        assert (node.wants, node.moves, told) == ([0, 2], [], [])
+        yield node, router, told
+
+
+async def meet_again(node: Node, peers: list[Host]) -> None:
+    """Lose all connections, and have others."""
+    for connection in node.host.swarm.connections:
+        connection.mux.close()
+    await trio.sleep(0.1)
+    for peer in peers:
+        await node.host.connect(peer.peer_id, peer.addresses)
+    await trio.sleep(0.1)
+
+
+async def test_who_is_seen_elsewhere_starts_over_once(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with behind_a_nat(monkeypatch) as (node, router, told):
+        router.ip = "45.1.0.2"
+        await meet_again(node, node.peers[:1])
+        assert len(node.moves) == len(told) == 1
+        assert node.host.reachability == Kind.UNKNOWN.value
+        assert {str(each.ip) for each in node.reachability.sights} == {"45.1.0.2"}
+        await meet_again(node, node.peers)
+        await trio.sleep(60)
+        assert len(node.moves) == len(told) == 1
+        assert node.reachability.kind is Kind.PUNCHABLE
+        assert {str(each.ip) for each in node.reachability.sights} == {"45.1.0.2"}
+        assert node.wants == [0, 2]  # those that there were have been kept
+
+
+async def test_who_is_seen_where_it_was_does_not_start_over(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with behind_a_nat(monkeypatch) as (node, _, told):
+        for _ in range(3):
+            await meet_again(node, node.peers)
+            await trio.sleep(60)
+        assert node.moves == told == []
+        assert node.reachability.kind is Kind.PUNCHABLE
+
+
+async def test_a_nat_with_many_addresses_is_not_taken_for_another_network(autojump_clock: MockClock) -> None:
+    """Three peers at one IP, which see the node at three IPs of its provider's."""
+    internet = Internet()
+    router = internet.router("45.1.0.1")
+    async with AsyncExitStack() as stack:
+        peers = [
+            await stack.enter_async_context(
+                open_host(
+                    seeded(11 + number),
+                    listen=[tcp("44.1.0.1", 4001 + number)],
+                    transports=[internet.machine("44.1.0.1")],
+                )
+            )
+            for number in range(3)
+        ]
+        node = await stack.enter_async_context(node_at(internet, internet.machine(INNER, router), 1))
+        for number, peer in enumerate(peers):
+            router.ip = f"45.1.0.{number + 1}"
+            await node.host.connect(peer.peer_id, peer.addresses)
+            await trio.sleep(1)
+        await trio.sleep(120)
+        assert len(node.host.swarm.connections) == 3
+        assert node.moves == []
+
+
+async def test_another_own_address_starts_over_and_keeps_reservations(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with behind_a_nat(monkeypatch) as (node, _, told):
+        assert node.reachability.sights
+        moved_at = trio.current_time()
+        monkeypatch.setattr(node.host, "listening", [tcp("10.0.0.7", 4001)])
+        for connection in node.host.swarm.connections:
+            connection.mux.close()
+        await trio.sleep(node.reachability._settings.look_s + 0.1)
+        assert len(node.moves) == len(told) == 1
+        assert node.moves[0] - moved_at <= node.reachability._settings.look_s
+        assert node.reachability.sights == []
+        await trio.sleep(300)
+        assert node.reachability.kind is Kind.UNKNOWN
+        assert node.wants == [0, 2]
+        assert len(node.moves) == len(told) == 1
+
+
+async def test_connections_that_outlive_another_own_address_are_asked_again(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with behind_a_nat(monkeypatch) as (node, _, _):
+        settings = node.reachability._settings
+        monkeypatch.setattr(node.host, "listening", [tcp("192.168.1.11", 4001)])
+        await trio.sleep(settings.look_s + 0.1)
+        assert node.reachability.sights == []
+        await trio.sleep(settings.change_s + 2 * settings.look_s)
+        assert len(node.reachability.sights) == 1
+        assert len(node.moves) == 1
 
 
 async def test_afterwards_the_host_is_as_before(autojump_clock: MockClock) -> None:

@@ -29,7 +29,7 @@ from net.rpc.framing import Message
 from net.rpc.lane import Method
 from net.swarm import Connection
 from net.transports.memory import MemoryNetwork
-from tests.net_helpers import MEMORY_ANY, memory_hosts, seeded
+from tests.net_helpers import MEMORY_ANY, UNREADABLE_ADDRESS, memory_hosts, seeded
 
 KEY = keys.of_name("raceme/test")
 KIND = "node"
@@ -268,6 +268,51 @@ async def test_names_that_nobody_answers_to_are_tried_once_and_again_a_minute_la
         await trio.sleep(61)
         await dht.lookup(KEY)
         assert len([peer_id for peer_id, _ in dht.called if peer_id in names]) == 10
+
+
+async def test_in_another_network_those_that_did_not_answer_are_asked_again_and_we_announce_at_once(
+    autojump_clock: MockClock,
+) -> None:
+    async with memory_hosts(2) as hosts, trio.open_nursery() as nursery:
+        dhts = await joined(hosts)
+        await dhts[1].announce(KEY, KIND, body)
+        (before,) = await dhts[0].find(KEY, KIND)
+        await nursery.start(dhts[1].run)
+        await trio.testing.wait_all_tasks_blocked()
+        silent = Contact(peer_id=seeded(77).peer_id, addresses=(parse("/memory/777"),))
+        dhts[1]._backoff.note(silent, trio.current_time())
+        dhts[1].network_changed()
+        await trio.testing.wait_all_tasks_blocked()
+        assert not dhts[1]._backoff.holds(silent, trio.current_time())
+        (after,) = await dhts[0].find(KEY, KIND)
+        assert after.sequence > before.sequence
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_changes_while_it_is_renewed_is_renewed_once_more(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with memory_hosts(2) as hosts, trio.open_nursery() as nursery:
+        dhts = await joined(hosts)
+        where = ["here"]
+        await dhts[1].announce(KEY, KIND, lambda: {"at": where[0]})
+        give = dhts[1]._give
+
+        async def slowly(*args: Any) -> list[Contact]:
+            await trio.sleep(1)
+            return await give(*args)
+
+        monkeypatch.setattr(dhts[1], "_give", slowly)
+        await nursery.start(dhts[1].run)
+        await trio.testing.wait_all_tasks_blocked()
+        for place in ("there", "elsewhere"):
+            where[0] = place
+            dhts[1].renew()
+            await trio.sleep(0.5)
+        await trio.sleep(2)
+        (found,) = await dhts[0].find(KEY, KIND)
+        assert found.body == {"at": "elsewhere"}
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_server_that_died_is_passed_over_and_forgotten(autojump_clock: MockClock) -> None:
@@ -517,6 +562,7 @@ async def test_a_record_of_another_kind_hides_nothing(autojump_clock: MockClock)
         {"peers": [], "records": [5]},
         {"peers": 5, "records": []},
         {"peers": [[b"id", [b"\xff"]]], "records": []},
+        {"peers": [[seeded(77).peer_id.to_bytes(), [UNREADABLE_ADDRESS]]], "records": []},
         {"peers": [], "records": [], "more": True},
     ],
 )

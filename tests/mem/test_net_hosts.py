@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack, ExitStack, aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager
 
 import pytest
 import trio
@@ -22,6 +22,7 @@ from net.ping import ping_once
 from net.swarm import Connection
 from net.transports.base import RawConnection
 from net.transports.memory import MemoryNetwork
+from tests.mem.lines import LineTransport
 from tests.net_helpers import MEMORY_ANY, echo, memory_hosts, receive_all, receive_count, seeded
 
 NOWHERE = Multiaddr("/memory/999999")
@@ -220,6 +221,64 @@ async def test_connections_beyond_the_total_are_refused_at_once(autojump_clock: 
 
 async def echo_stream(_: Connection, stream: Stream) -> None:
     await echo(stream)
+
+
+# Silence
+
+
+@asynccontextmanager
+async def on_a_line(network: MemoryNetwork, number: int) -> AsyncIterator[tuple[Host, LineTransport]]:
+    """A host that can vanish."""
+    transport = LineTransport(network)
+    async with open_host(seeded(number), listen=[MEMORY_ANY], transports=[transport]) as host:
+        yield host, transport
+
+
+@pytest.mark.parametrize("how", ["check", "network_changed"])
+async def test_a_check_ends_the_dead_connections_alone(how: str, autojump_clock: MockClock) -> None:
+    network = MemoryNetwork()
+    async with memory_hosts(2, network=network) as (one, well), on_a_line(network, 9) as (ill, transport):
+        for other in (well, ill):
+            await one.connect(other.peer_id, other.addresses)
+        await trio.sleep(30)
+        transport.line.cut()
+        dead, alive = one.swarm.connection(ill.peer_id), one.swarm.connection(well.peer_id)
+        assert dead is not None
+        began = trio.current_time()
+        getattr(one.swarm, how)()
+        await dead.ended.wait()
+        assert trio.current_time() - began <= 1.1
+        await trio.sleep(10)
+        assert one.swarm.connections == [alive]
+
+
+async def test_transports_are_told_of_another_network(autojump_clock: MockClock) -> None:
+    async with on_a_line(MemoryNetwork(), 9) as (host, transport):
+        host.swarm.check()
+        assert transport.rebound == 0
+        host.swarm.network_changed()
+        assert transport.rebound == 1
+
+
+async def test_who_connects_again_has_its_older_connection_checked(autojump_clock: MockClock) -> None:
+    network = MemoryNetwork()
+    async with memory_hosts(1, network=network) as (host,), on_a_line(network, 9) as (peer, transport):
+        await peer.connect(host.peer_id, host.addresses)
+        await trio.sleep(30)
+        (old,) = host.swarm.connections
+        transport.line.lose()
+        peer.swarm.connections[0].mux.close()
+        await trio.sleep(2)
+        assert not old.ended.is_set()  # nobody has told it, and nobody asks
+        began = trio.current_time()
+        await peer.connect(host.peer_id, host.addresses)
+        await old.ended.wait()
+        assert trio.current_time() - began <= 1.1
+        assert host.swarm.connection(peer.peer_id) is not None
+        assert len(host.swarm.connections) == 1
+
+
+# Two at once
 
 
 async def dial_each_other(one: Host, two: Host) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 import pytest
 import trio
@@ -13,8 +15,20 @@ from net import errors
 from net.mux import core as yamux
 from net.mux.driver import GOODBYE_S, LINGER_S, YamuxConnection, YamuxStream
 from net.mux.frames import HEADER_BYTES, Flags, Header, Type
+from net.transports.base import RawConnection
 from net.transports.memory import memory_stream_pair
-from tests.net_helpers import PlainChannel, echo, mux_pair, receive_all, receive_count, refuse, seeded
+from tests.mem.lines import Line
+from tests.net_helpers import (
+    MEMORY_ANY,
+    PlainChannel,
+    Tap,
+    echo,
+    mux_pair,
+    receive_all,
+    receive_count,
+    refuse,
+    seeded,
+)
 
 
 async def ask(connection: YamuxConnection, data: bytes) -> bytes:
@@ -193,6 +207,82 @@ async def test_a_silent_peer_is_found_out_within_ten_seconds(autojump_clock: Moc
         assert trio.current_time() - began <= 10
     assert trio.current_time() - began <= 12  # run has ended by itself
     assert client.is_closed
+
+
+@asynccontextmanager
+async def cuttable_pair(bytes_per_s: float = math.inf) -> AsyncIterator[tuple[YamuxConnection, Line]]:
+    """A connection to a peer that echoes, over a line that can be cut, and is as slow as that."""
+    near, far = memory_stream_pair()
+    line = Line()
+    raw = line.carry(RawConnection(stream=near, local=None, remote=MEMORY_ANY))
+    stream = Slowed(raw.stream, bytes_per_s)
+    client = YamuxConnection(PlainChannel(stream, seeded(2).peer_id), client=True)
+    server = YamuxConnection(PlainChannel(far, seeded(1).peer_id), client=False)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(client.run, refuse)
+        await nursery.start(server.run, echo)
+        await settled()
+        yield client, line
+        nursery.cancel_scope.cancel()
+
+
+class Slowed(Tap):
+    """A stream that takes its time with what is sent."""
+
+    def __init__(self, stream: trio.abc.Stream, bytes_per_s: float) -> None:
+        super().__init__(stream, lambda _, data: data)
+        self._bytes_per_s = bytes_per_s
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await trio.sleep(len(data) / self._bytes_per_s)
+        await super().send_all(data)
+
+
+@pytest.mark.parametrize("checks", [1, 3])
+async def test_a_check_finds_out_a_silent_peer_within_a_second(checks: int, autojump_clock: MockClock) -> None:
+    async with cuttable_pair() as (client, line):
+        stream = client.open_stream()
+        await stream.send_all(b"hello")
+        assert await receive_count(stream, 5) == b"hello"
+        await trio.sleep(1)
+        line.cut()
+        began = trio.current_time()
+        for _ in range(checks):
+            client.check()
+            await trio.sleep(0.2)
+        with pytest.raises(errors.ConnectionLost, match="stopped answering"):
+            await stream.receive_some()
+        assert trio.current_time() - began == pytest.approx(1, abs=0.01)
+
+
+async def test_a_check_wakes_who_sleeps_until_the_next_ping(autojump_clock: MockClock) -> None:
+    """The answer is due long before anything else is."""
+    async with cuttable_pair() as (client, line):
+        await trio.sleep(0.1)
+        line.cut()
+        began = trio.current_time()
+        client.check()
+        await until_closed(client)
+        assert trio.current_time() - began == pytest.approx(1, abs=0.1)
+        client.check()  # which a dead connection takes calmly
+
+
+async def until_closed(connection: YamuxConnection) -> None:
+    while not connection.is_closed:  # noqa: ASYNC110 - nothing else tells
+        await trio.sleep(0.05)
+
+
+@pytest.mark.parametrize("bytes_per_s", [math.inf, yamux.SLOW_BYTES_PER_S])
+async def test_who_answers_stays_also_under_bulk(bytes_per_s: float, autojump_clock: MockClock) -> None:
+    async with cuttable_pair(bytes_per_s) as (client, _), trio.open_nursery() as nursery:
+        stream = client.open_stream()
+        nursery.start_soon(stream.send_all, bytes(2_000_000))
+        nursery.start_soon(receive_count, stream, 2_000_000)
+        for _ in range(100):
+            client.check()
+            await trio.sleep(0.25)
+        assert not client.is_closed
+        nursery.cancel_scope.cancel()
 
 
 async def test_an_idle_peer_that_lives_is_kept(autojump_clock: MockClock) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import pytest
@@ -18,6 +18,7 @@ from net.mux.base import Stream
 from net.security.certificate import make_credentials
 from net.transports.quic import core
 from net.transports.quic.connection import (
+    CHECK_S,
     DEAD_AFTER_S,
     GOODBYE_S,
     LINGER_S,
@@ -49,6 +50,8 @@ class Wire:
     passes: Callable[[bytes], bool] = lambda _: True
     far: QuicConnection | None = None
     sent: list[int] = field(default_factory=list)
+    is_full: bool = False
+    asked: int = 0
 
     def send(self, connection: QuicConnection, datagrams: Sequence[tuple[bytes, Address]]) -> None:
         for data, _ in datagrams:
@@ -63,7 +66,8 @@ class Wire:
             self.far.transmit()
 
     def can_send(self) -> bool:
-        return True
+        self.asked += 1
+        return not self.is_full or self.asked > 10_000  # which lets a loop that spins come to its end
 
     def add_id(self, connection: QuicConnection, connection_id: bytes) -> None: ...
 
@@ -157,6 +161,35 @@ async def test_it_is_found_also_while_we_send(autojump_clock: trio.abc.Clock) ->
             while True:
                 await ours.send_all(bytes(100_000))
         assert trio.current_time() - start < 10
+
+
+@pytest.mark.parametrize("checks", [1, 4])
+async def test_a_check_finds_out_a_silent_peer_within_a_second(checks: int, autojump_clock: trio.abc.Clock) -> None:
+    async with pair() as joined:
+        ours, _ = await joined.streams()
+        await trio.sleep(3)
+        joined.cut()
+        start = trio.current_time()
+        for _ in range(checks):
+            joined.near.check()
+            await trio.sleep(0.2)
+        with pytest.raises(ConnectionLost, match="stopped answering"):
+            await ours.receive_some()
+        assert trio.current_time() - start == pytest.approx(CHECK_S, abs=0.01)
+        joined.near.check()  # which a dead connection takes calmly
+
+
+async def test_who_answers_a_check_stays_also_under_bulk(autojump_clock: trio.abc.Clock) -> None:
+    chance = random.Random(7)
+    async with pair(lambda _: chance.random() > 0.05) as joined:
+        ours, theirs = await joined.streams()
+        joined.nursery.start_soon(ours.send_all, bytes(1_000_000))
+        joined.nursery.start_soon(receive_count, theirs, 1_000_000)
+        for _ in range(100):
+            joined.near.check()
+            joined.far.check()
+            await trio.sleep(0.3)
+        assert not joined.near.is_closed and not joined.far.is_closed
 
 
 async def test_silence_is_no_death(autojump_clock: trio.abc.Clock) -> None:
@@ -415,3 +448,106 @@ def test_garbage_that_names_a_connection_is_ignored(junk: list[bytes], short: bo
             assert await receive_count(theirs, 8) == b"unharmed"
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+async def test_gaps_count_as_unread(autojump_clock: trio.abc.Clock) -> None:
+    """A byte at the end of a window costs its sender nothing, and us the window: what waits for the bytes before it
+    gets no credit of the connection's back, however many streams there are."""
+    async with pair() as joined:
+        held = 0
+        for _ in range(2 * core.CONNECTION_WINDOW_BYTES // INITIAL_WINDOW_BYTES):
+            if joined.near.is_closed:
+                break
+            ours = joined.near.open_stream()
+            assert isinstance(ours, QuicStream)
+            sender = joined.near.core._streams[ours.stream_id].sender
+            sender._buffer_start = sender._buffer_stop = sender.highest_offset = INITIAL_WINDOW_BYTES - 1
+            with suppress(ConnectionLost):
+                await ours.send_all(b"x")
+            await trio.sleep(4 * DELAY_S)
+            held = max(held, sum(len(each.receiver._buffer) for each in joined.far.core._streams.values()))
+        assert held <= core.CONNECTION_WINDOW_BYTES
+        assert joined.far.is_closed  # it broke the rules
+
+
+# Beside a stream that talks
+
+
+@asynccontextmanager
+async def beside_talk() -> AsyncIterator[Pair]:
+    """A pair that is never silent, so that nothing is left to be done while nobody says anything."""
+    async with pair() as joined:
+        talk, _ = await joined.streams()
+
+        async def chatter() -> None:
+            with suppress(ConnectionLost):  # at the test's end
+                while True:
+                    await talk.send_all(b".")
+                    await trio.sleep(1)
+
+        joined.nursery.start_soon(chatter)
+        yield joined
+
+
+async def test_closed_streams_are_forgotten_while_others_talk(autojump_clock: trio.abc.Clock) -> None:
+    async with beside_talk() as joined:
+        for _ in range(20):
+            ours, theirs = await joined.streams()
+            await theirs.aclose()  # answered and closed before the asker has ended
+            await trio.sleep(0.1)
+            await ours.aclose()
+            await trio.sleep(0.5)
+        assert joined.near._closed_here == joined.far._closed_here == {}
+        assert len(joined.near.core._streams) == len(joined.far.core._streams) == 1
+
+
+async def test_a_closed_stream_is_refused_after_a_minute_while_others_talk(autojump_clock: trio.abc.Clock) -> None:
+    async with beside_talk() as joined:
+        ours, theirs = await joined.streams()
+        await theirs.aclose()
+        await ours.send_all(b"unwanted")
+        await trio.sleep(LINGER_S + 1)
+        with pytest.raises(StreamReset):
+            await ours.send_all(b"unwanted")
+
+
+@contextmanager
+def full_socket(joined: Pair) -> Iterator[None]:
+    """Nothing of the near side's can leave for a while."""
+    joined.up.is_full, joined.up.asked = True, 0
+    try:
+        yield
+    finally:
+        joined.up.is_full = False
+        joined.near.transmit()  # as the endpoint does when there is room again
+    assert joined.up.asked < 1000  # and in the meantime nobody spins
+
+
+async def test_a_full_socket_is_waited_for_without_spinning(autojump_clock: trio.abc.Clock) -> None:
+    async with pair() as joined:
+        ours, theirs = await joined.streams()
+        with full_socket(joined):
+            await ours.send_all(b"late")
+            await trio.sleep(3)
+        assert await receive_count(theirs, 4) == b"late"
+
+
+async def test_closing_with_a_full_socket_waits_a_second_at_most(autojump_clock: trio.abc.Clock) -> None:
+    async with pair() as joined:
+        ours, _ = await joined.streams()
+        with full_socket(joined), trio.fail_after(10):
+            await ours.send_all(bytes(1000))
+            start = trio.current_time()
+            joined.near.close()
+            await joined.near.ended.wait()
+        assert trio.current_time() - start == pytest.approx(GOODBYE_S, abs=0.02)
+
+
+async def test_a_peers_parting_words_are_one_line(autojump_clock: trio.abc.Clock) -> None:
+    async with pair() as joined:
+        joined.near.core.close(error_code=1, frame_type=6, reason_phrase="bad\n\x1b[2Jworse" + 400 * "!")
+        joined.near.transmit()
+        await joined.far.ended.wait()
+        told = str(joined.far.failure)
+        assert "bad  [2Jworse!" in told
+        assert told.isprintable() and len(told) < 300

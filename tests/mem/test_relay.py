@@ -18,10 +18,12 @@ import trio.testing
 from trio.testing import MockClock
 
 from net import errors, identify
-from net.addresses import Multiaddr, PeerAddress, relayed_by
+from net.addresses import Multiaddr, PeerAddress, relayed_by, tcp
 from net.host import Host, open_host
 from net.identity import Identity, PeerId
 from net.mux.base import Stream
+from net.mux.driver import YamuxConnection
+from net.nurseries import open_service_nursery
 from net.relay import vouchers, wire
 from net.relay.client import RelayClient, RelayClientSettings
 from net.relay.reservations import RelayLimits
@@ -32,6 +34,7 @@ from net.transports import circuit
 from net.transports.base import RawConnection, TrafficLimit, Transport
 from net.transports.circuit import CircuitTransport, Reservation
 from net.transports.memory import MemoryNetwork, MemoryTransport
+from tests.mem.lines import Line, LineTransport
 from tests.net_helpers import MEMORY_ANY, receive_all, receive_count, seeded
 
 SINK, ECHO = "/test/sink/1", "/test/echo/1"
@@ -42,9 +45,11 @@ async def settled() -> None:
 
 
 @asynccontextmanager
-async def a_host(network: MemoryNetwork, number: int, *, listens: bool = False) -> AsyncIterator[Host]:
+async def a_host(
+    network: MemoryNetwork, number: int, *, listens: bool = False, line: Line | None = None
+) -> AsyncIterator[Host]:
     """One that can use relays, and by default cannot be reached without."""
-    transports: list[Transport] = [network.transport(), CircuitTransport()]
+    transports: list[Transport] = [LineTransport(network, line), CircuitTransport()]
     async with open_host(seeded(number), listen=[MEMORY_ANY] if listens else [], transports=transports) as host:
 
         async def echo(connection: Connection, stream: Stream) -> None:
@@ -57,9 +62,9 @@ async def a_host(network: MemoryNetwork, number: int, *, listens: bool = False) 
 
 @asynccontextmanager
 async def a_relay(
-    network: MemoryNetwork, number: int = 50, limits: RelayLimits | None = None
+    network: MemoryNetwork, number: int = 50, limits: RelayLimits | None = None, line: Line | None = None
 ) -> AsyncIterator[RelayServer]:
-    async with a_host(network, number, listens=True) as host, trio.open_nursery() as nursery:
+    async with a_host(network, number, listens=True, line=line) as host, trio.open_nursery() as nursery:
         server = RelayServer(host, limits)
         await nursery.start(server.run)
         yield server
@@ -832,3 +837,250 @@ async def test_serving_ends_and_begins_again(autojump_clock: MockClock) -> None:
             assert (server.circuits, server.reservations) == (0, 0)
             with pytest.raises(errors.DialError, match="no relay"):
                 await near.connect(far.peer_id, [relayed_by(relay.peer_addresses[0])])
+
+
+async def test_a_relay_whose_clock_is_behind_is_not_asked_all_the_time(autojump_clock: MockClock) -> None:
+    """By nearly as much as its reservations last, so that each seems to end at once."""
+    network = MemoryNetwork()
+    async with (
+        a_false_relay(network, lambda *_: b"", lambda: time.time() + 1.5) as (relay, asked),
+        a_host(network, 1) as host,
+        trio.open_nursery() as nursery,
+    ):
+        await nursery.start(circuits(host).reserve, relay, host.swarm.accept)
+        await trio.sleep(300)
+        assert len(asked) <= 5
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_request_that_comes_when_serving_has_ended_gets_nothing(autojump_clock: MockClock) -> None:
+    """Its stream was open before. A reservation would be one that nobody keeps."""
+    network = MemoryNetwork()
+    async with a_host(network, 50, listens=True) as relay, a_host(network, 2) as far:
+        server = RelayServer(relay)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(server.run)
+            where = relay.peer_addresses[0]
+            stream = await far.open_stream(where.peer_id, [wire.HOP], [where.address])
+            await settled()
+            nursery.cancel_scope.cancel()
+        await wire.send_message(stream, HopMessage(type=HopMessage.RESERVE))
+        assert wire.status_of(await wire.receive_hop(stream)) == Status.RESERVATION_REFUSED
+        assert server.reservations == 0
+        stream.reset()
+
+
+async def test_a_candidate_that_fails_for_weeks_is_still_asked(autojump_clock: MockClock) -> None:
+    """Its pause is doubled so often that no float holds what comes of it."""
+    network = MemoryNetwork()
+    nowhere = PeerAddress(address=Multiaddr("/memory/777"), peer_id=seeded(9).peer_id)
+
+    async def candidates() -> list[PeerAddress]:
+        return [nowhere]
+
+    async with a_host(network, 2) as host, trio.open_nursery() as nursery:
+        client = RelayClient(host, candidates, RelayClientSettings(max_backoff_s=1.0, search_s=1.0, backoff_s=1.0))
+        await nursery.start(client.run)
+        client.want(2)
+        await trio.sleep(5)
+        known = client._known[nowhere.peer_id]
+        assert known.failures >= 4
+        known.failures = 1100
+        await trio.sleep(5)
+        assert known.failures >= 1104
+        nursery.cancel_scope.cancel()
+
+
+async def test_who_has_moved_counts_where_it_is_now(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = MemoryNetwork()
+    limits = RelayLimits(reservations_per_ip_group=1, circuits_per_ip_group=1)
+    async with (
+        a_relay(network, limits=limits) as server,
+        a_host(network, 1) as near,
+        a_host(network, 2) as far,
+        trio.open_nursery() as nursery,
+    ):
+        reservation = await reserve(far, server, nursery)
+        monkeypatch.setattr(YamuxConnection, "moved_to", tcp("45.1.0.1", 1))
+        await reserve(near, server, nursery)
+        with trio.fail_after(5), pytest.raises(errors.ReservationRefused):
+            async with a_host(network, 3) as third:
+                await circuits(third).reserve(server.host.peer_addresses[0], third.swarm.accept)
+        await near.connect(far.peer_id, reservation.addresses)
+        with trio.fail_after(5), pytest.raises(errors.DialError, match="no room for another circuit"):
+            async with a_host(network, 3) as third:
+                await third.connect(far.peer_id, reservation.addresses)
+        nursery.cancel_scope.cancel()
+
+
+# Who vanishes
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+async def test_a_relayed_address_waits_for_the_direct_ones_unless_there_is_no_time(
+    at_once: bool, autojump_clock: MockClock
+) -> None:
+    async with three() as world:
+
+        async def ignore(raw: object) -> None:
+            await trio.sleep_forever()
+
+        [silent] = await world.nursery.start(world.near.swarm.transports[0].listen, MEMORY_ANY, ignore)
+        began = trio.current_time()
+        connection = await world.near.connect(world.far.peer_id, [world.at, silent], at_once=at_once)
+        assert connection.relayed
+        assert trio.current_time() - began == pytest.approx(0 if at_once else world.near.limits.relay_delay_s)
+
+
+async def test_a_relay_that_vanishes_is_missed_within_two_seconds(autojump_clock: MockClock) -> None:
+    network, line = MemoryNetwork(), Line()
+    async with a_relay(network, line=line) as server, a_host(network, 2) as host:
+        with pytest.raises(errors.ConnectionLost):
+            async with open_service_nursery() as nursery:
+                await nursery.start(circuits(host).reserve, server.host.peer_addresses[0], host.swarm.accept)
+                await trio.sleep(30.3)
+                line.cut()
+                began = trio.current_time()
+        assert trio.current_time() - began <= 2.1
+        assert host.swarm.connections == []
+
+
+async def test_who_waits_for_a_target_that_comes_back_gets_it_at_once(autojump_clock: MockClock) -> None:
+    """The relay asks over the target's connection, which is dead, though nobody knows that yet."""
+    network, line = MemoryNetwork(), Line()
+    async with (
+        a_relay(network) as server,
+        a_host(network, 1) as near,
+        a_host(network, 2, line=line) as far,
+        trio.open_nursery() as nursery,
+    ):
+        reservation = await reserve(far, server, nursery)
+        await near.connect(server.host.peer_id, server.host.addresses)
+        (old,) = far.swarm.connections
+        await trio.sleep(10.1)
+        line.lose()
+        connected_at: list[float] = []
+
+        async def connect() -> None:
+            await near.connect(far.peer_id, reservation.addresses)
+            connected_at.append(trio.current_time())
+
+        nursery.start_soon(connect)
+        await trio.sleep(0.3)
+        assert not connected_at
+        back_at = trio.current_time()
+        await far.swarm._race(server.host.peer_id, server.host.addresses)
+        old.mux.close()
+        await settled()
+        assert connected_at == [back_at]
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_target_that_has_vanished_is_given_up_soon(autojump_clock: MockClock) -> None:
+    network, line = MemoryNetwork(), Line()
+    async with (
+        a_relay(network) as server,
+        a_host(network, 1) as near,
+        a_host(network, 2, line=line) as far,
+        trio.open_nursery() as nursery,
+    ):
+        reservation = await reserve(far, server, nursery)
+        await trio.sleep(10)
+        line.cut()
+        began = trio.current_time()
+        with pytest.raises(errors.DialError, match=r"has no reservation|could not reach"):
+            await near.connect(far.peer_id, reservation.addresses)
+        assert trio.current_time() - began <= 1.5
+        nursery.cancel_scope.cancel()
+
+
+# When relays are asked again
+
+
+@dataclass(kw_only=True)
+class Asking:
+    """A relay client that wants one reservation, and when it asked ``relay``."""
+
+    client: RelayClient
+    host: Host
+    relay: Host
+    asked: list[float]
+
+    def end(self) -> None:
+        """The relay ends the connection."""
+        for connection in self.relay.swarm.connections:
+            connection.mux.close()
+
+
+@asynccontextmanager
+async def asking(*, dropped_after_s: float | None = None, refuses: bool = False) -> AsyncIterator[Asking]:
+    """With one relay, which may end the connection some time after each grant."""
+    network = MemoryNetwork()
+    limits = RelayLimits(reservations=0) if refuses else None
+    async with (
+        a_relay(network, limits=limits) as server,
+        a_host(network, 2) as host,
+        trio.open_nursery() as nursery,
+    ):
+        asked: list[float] = []
+        grant = server.host._handlers[wire.HOP]
+
+        async def note(connection: Connection, stream: Stream) -> None:
+            asked.append(trio.current_time())
+            await grant(connection, stream)
+            if dropped_after_s is not None:
+                await trio.sleep(dropped_after_s)
+                connection.mux.close()
+
+        server.host._handlers[wire.HOP] = note
+        client = RelayClient(host, names([server]))
+        await nursery.start(client.run)
+        client.want(1)
+        yield Asking(client=client, host=host, relay=server.host, asked=asked)
+        nursery.cancel_scope.cancel()
+
+
+def pauses(asked: Sequence[float]) -> list[float]:
+    return [later - sooner for sooner, later in itertools.pairwise(asked)]
+
+
+async def test_a_reservation_that_was_held_long_is_had_again_at_once(autojump_clock: MockClock) -> None:
+    async with asking() as world:
+        await trio.sleep(60)
+        world.end()
+        assert await until(lambda: len(world.asked) == 2, 1) < 0.2
+        await until(lambda: world.client.reservations, 1)
+
+
+async def test_one_that_was_lost_soon_is_had_again_after_two_seconds(autojump_clock: MockClock) -> None:
+    async with asking() as world:
+        await trio.sleep(5)
+        world.end()
+        await trio.sleep(10)
+        assert pauses(world.asked) == pytest.approx([5 + 2], abs=0.1)
+
+
+async def test_who_fails_is_left_alone_for_twice_as_long_each_time(autojump_clock: MockClock) -> None:
+    async with asking(refuses=True) as world:
+        await trio.sleep(100)
+        assert pauses(world.asked) == pytest.approx([2, 4, 8, 16, 32], abs=0.1)
+
+
+async def test_in_another_network_all_are_asked_again_at_once(autojump_clock: MockClock) -> None:
+    async with asking(refuses=True) as world:
+        await trio.sleep(70)
+        before = len(world.asked)
+        world.client.network_changed()
+        await settled()
+        assert len(world.asked) == before + 1
+        await trio.sleep(7)
+        assert pauses(world.asked)[-2:] == pytest.approx([2, 4], abs=0.1)
+
+
+@pytest.mark.parametrize(("dropped_after_s", "most"), [(0.0, 8), (9.0, 20), (11.0, 28)])
+async def test_a_relay_that_grants_and_drops_is_not_asked_all_the_time(
+    dropped_after_s: float, most: int, autojump_clock: MockClock
+) -> None:
+    async with asking(dropped_after_s=dropped_after_s) as world:
+        await trio.sleep(300)
+        assert 3 <= len(world.asked) <= most

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 import trio
+import trio.testing
 
+import client.legs
 import client.session
 import compute.node
 from client.errors import ClientError, InvalidInput, MissingBlocks, SessionFailed, UnknownModel
@@ -228,6 +230,47 @@ async def test_a_session_leaves_the_relay_when_there_is_a_direct_way(odd: Refere
         assert [after - earlier for after, earlier in zip(steps(swarm), before, strict=True)] == [2, 2]
         assert (relayed.mux.open_streams, direct.mux.open_streams) == (streams - 1, 1)
         await blocking(session.close)
+
+
+async def test_a_session_outlives_its_connection_in_the_midst_of_a_step(
+    odd: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What serves it is cancelled with the connection, as it is when a relay that carries it goes away."""
+    honest = Engine.step
+    entered, gate = trio.Event(), trio.Event()
+
+    async def slow(self: Engine, *args: Any) -> torch.Tensor:
+        entered.set()
+        await gate.wait()
+        return await honest(self, *args)
+
+    async with swarm_of() as swarm:
+        node = await swarm.add_node(odd.folder, (0, 5), resume_s=60)
+        session = await swarm.client.session((await swarm.client.models())[0])
+        hidden = torch.randn(1, 4, 48, generator=torch.Generator().manual_seed(1))
+        before = await session.step(hidden)
+        monkeypatch.setattr(Engine, "step", slow)
+        results: list[torch.Tensor] = []
+
+        async def again() -> None:
+            session.rollback(0)
+            results.append(await session.step(hidden))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(again)
+            await entered.wait()
+            [token] = node.node.held
+            for connection in node.host.swarm.connections:
+                if connection.peer_id == swarm.client.host.peer_id:
+                    connection.mux.close()
+                    await connection.ended.wait()
+            await trio.testing.wait_all_tasks_blocked()
+            assert list(node.node.held) == [token]
+            gate.set()
+        assert torch.equal(results[0], before)
+        assert list(node.node.held) == [token]  # resumed, not opened anew
+        await session.aclose()
+        await until(lambda: node.sessions == 0)
 
 
 async def test_nobody_else_can_resume_a_session(odd: Reference) -> None:
@@ -456,7 +499,8 @@ async def test_a_node_that_leaves_is_replaced(odd: Reference) -> None:
         assert await broken_off(swarm, odd.folder, replace) == greedy(odd.model, PROMPT, 12)
 
 
-async def test_a_dead_node_that_nobody_replaces(odd: Reference) -> None:
+async def test_a_dead_node_that_nobody_replaces(odd: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client.legs, "RETURN_S", 1.0)
     async with swarm_of(odd.folder, TWO) as swarm:
         with (
             trio.fail_after(10),
@@ -469,7 +513,10 @@ async def test_a_dead_node_that_nobody_replaces(odd: Reference) -> None:
         assert "raceme serve" in str(e.value)
 
 
-async def test_a_session_outlives_a_failure_when_the_node_comes_back(odd: Reference) -> None:
+async def test_a_session_outlives_a_failure_when_the_node_comes_back(
+    odd: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.legs, "RETURN_S", 1.0)
     identity = Identity.generate(b"\x07" * 32)
     async with swarm_of(odd.folder, [(0, 2)]) as swarm:
         node = await swarm.add_node(odd.folder, (2, 5), identity=identity)

@@ -19,13 +19,16 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from net.addresses import Multiaddr, host_port, parse, quic_host_port
 from net.errors import DialError, NetError, PeerIdMismatch
 from net.host import Host, open_host
+from net.identify import identify_over
 from net.limits import Limits
 from net.mux.base import Stream
 from net.security.certificate import Credentials, make_credentials
 from net.swarm import Connection
 from net.transports.base import Arrived
 from net.transports.quic import QuicTransport, endpoint
-from net.transports.quic.core import configure
+from net.transports.quic import transport as quic_transport
+from net.transports.quic.connection import QuicConnection
+from net.transports.quic.core import QuicCore, configure
 from net.transports.quic.endpoint import Endpoint
 from net.transports.quic.udp import UdpSocket
 from net.transports.tcp import TcpTransport
@@ -270,7 +273,7 @@ async def test_a_stream_goes_on_when_our_socket_moves() -> None:
                 for part in range(3):
                     received += await receive_count(stream, len(data) // 3)
                     if part < 2:
-                        await transport.rebind()
+                        transport.rebind()
             assert bytes(received) == data
             assert transport.local_port(far.addresses[0]) != before
         assert len(near.swarm.connections) == len(far.swarm.connections) == 1
@@ -279,7 +282,7 @@ async def test_a_stream_goes_on_when_our_socket_moves() -> None:
 async def test_a_listener_that_moves_tells_those_it_dialled() -> None:
     async with quic_host(1) as (far, _), quic_host(2) as (near, transport):
         assert await echoed(near, far, b"before") == b"before"
-        await transport.rebind()
+        transport.rebind()
         assert await echoed(near, far, b"after") == b"after"
         assert await echoed(far, near, b"and back") == b"and back"
 
@@ -306,3 +309,103 @@ def test_what_we_offer() -> None:
     settings = configure(make_credentials(seeded(1)), client=False)
     assert settings.alpn_protocols == ["libp2p"]
     assert settings.supported_versions == [1]
+
+
+async def test_a_network_without_sockets_to_move_to_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with quic_host(1) as (far, _), quic_host(2, ()) as (near, transport):
+        assert await echoed(near, far, b"before") == b"before"
+
+        def fail(*_: object) -> UdpSocket:
+            raise OSError(99, "Cannot assign requested address")
+
+        monkeypatch.setattr(quic_transport, "UdpSocket", fail)
+        transport.rebind()
+        assert await echoed(near, far, b"after") == b"after"
+
+
+# Crowds and bugs
+
+
+async def test_a_crowd_that_comes_at_once_is_counted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came while the loop was busy elsewhere: a Retry for all but the first few."""
+    monkeypatch.setattr(endpoint, "RETRY_FROM", 4)
+    async with quic_host(1) as (far, _):
+        where = ("127.0.0.1", udp_port(far.listening[0]))
+        with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+            await stranger.bind(("127.0.0.1", 0))
+            for _ in range(12):
+                core = QuicCore(configure(make_credentials(seeded(3)), client=True))
+                core.connect(where, 0.0)
+                for data, _ in core.datagrams_to_send(0.0):
+                    stranger._sock.sendto(data, where)  # type: ignore[attr-defined]  # without a turn of the loop
+            retries = 0
+            while retries < 8:
+                retries += (await stranger.recv(2000))[0] & 0xF0 == 0xF0
+
+
+async def test_a_failure_of_one_connection_while_the_socket_was_full_is_its_own(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with quic_host(1) as (far, transport), quic_host(2, ()) as (near, _), quic_host(3, ()) as (other, _):
+        stream = await near.open_stream(far.peer_id, [ECHO], far.addresses)
+        await other.connect(far.peer_id, far.addresses)
+        (inbound,) = (each for each in far.swarm.connections if each.peer_id == near.peer_id)
+        (listening,) = transport._listening
+
+        def fail(now: float) -> None:
+            raise AssertionError("a bug of the library's")
+
+        assert isinstance(inbound.mux, QuicConnection)
+        monkeypatch.setattr(inbound.mux.core, "datagrams_to_send", fail)
+        listening._waiting.append((b"\0", ("127.0.0.1", 9)))  # as if the socket had had no room
+        listening._has_waiting.set()
+        await inbound.ended.wait()
+        assert await echoed(other, far, b"unharmed") == b"unharmed"
+        assert [record.message for record in caplog.records] == ["a QUIC connection failed"]
+        stream.reset()
+
+
+async def test_one_network_cannot_have_all_handshakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who shows where it is and then says no more holds a place for ten seconds: only so many of one network may."""
+    monkeypatch.setattr(endpoint, "RETRY_FROM", 0)
+    monkeypatch.setattr(endpoint, "HANDSHAKES_PER_IP_GROUP", 2)
+    monkeypatch.setattr(endpoint, "ip_group", lambda address: "one network")  # loopback counts as none
+    async with quic_host(1) as (far, transport):
+        where = ("127.0.0.1", udp_port(far.listening[0]))
+        (listening,) = transport._listening
+        with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+            await stranger.bind(("127.0.0.1", 0))
+
+            async def send(data: bytes) -> None:
+                await stranger.sendto(data, where)
+
+            for number in range(4):
+                core = QuicCore(configure(make_credentials(seeded(3)), client=True))
+                core.connect(where, 0.0)
+                for data, _ in core.datagrams_to_send(0.0):
+                    await send(data)
+                while (answer := await stranger.recv(2000))[0] & 0xF0 != 0xF0:
+                    pass  # to one before
+                core.receive_datagram(answer, where, 0.0)
+                for data, _ in core.datagrams_to_send(0.0):
+                    await send(data)
+                # Datagrams are looked at in their order: what this one asks for is answered after those above.
+                await send(b"\xc0\x0a\x0a\x0a\x0a\x08" + bytes(8) + b"\x08" + os.urandom(8) + bytes(1300))
+                while (await stranger.recv(2000))[1:5] != bytes(4):
+                    pass
+                assert listening._handshakes == min(number + 1, 2)
+
+
+async def test_who_has_moved_is_known_where_it_is_now() -> None:
+    """It is told so itself, and who counts it by its address counts it there."""
+    async with quic_host(1) as (far, _), quic_host(2, ()) as (near, transport):
+        connection = await near.connect(far.peer_id, far.addresses)
+        [inbound] = far.swarm.connections
+        assert inbound.now_at == inbound.remote
+        assert connection.now_at == connection.remote == far.addresses[0]
+        transport.rebind()
+        moved = parse(f"/ip4/127.0.0.1/udp/{transport.local_port(far.addresses[0])}/quic-v1")
+        while Multiaddr((await identify_over(near, connection)).observed_addr) != moved:
+            await echoed(near, far, b"over the new path")
+        assert inbound.now_at == moved != inbound.remote
+        assert connection.now_at == connection.remote  # servers stay

@@ -521,6 +521,129 @@ def test_what_we_do_ourselves_is_never_blamed_on_a_peer_that_does_not_read() -> 
     assert len(sent(core)) == 8
 
 
+# Checks
+
+
+def checked(round_trip_s: float = 0.1) -> YamuxCore:
+    """A core that has measured the round trip, at 1 s."""
+    core = server()
+    assert core.tick(0.0)
+    sent(core)
+    core.receive_data(Header(Type.PING, Flags.ACK, 0, 1).encode(), round_trip_s)
+    assert core.tick(1.0)
+    return core
+
+
+@pytest.mark.parametrize(("round_trip_s", "patience_s"), [(0.1, 1.0), (0.25, 1.0), (0.5, 2.0), (0.9, 3.6)])
+def test_a_check_waits_a_second_or_four_round_trips(round_trip_s: float, patience_s: float) -> None:
+    core = checked(round_trip_s)
+    core.check(2.0)
+    assert [header.type for header, _ in sent(core)] == [Type.PING]
+    assert core.deadline() == pytest.approx(2.0 + patience_s, abs=0.001)
+    assert core.tick(core.deadline() - 0.001)
+    assert not core.tick(core.deadline())
+
+
+def test_a_check_waits_longer_where_no_round_trip_is_known() -> None:
+    core = server()
+    core.check(0.0)
+    assert core.tick(2.999)
+    assert not core.tick(3.0)
+
+
+def test_any_byte_answers_a_check() -> None:
+    core = checked()
+    core.check(2.0)
+    core.receive_data(b"\0", 2.9)
+    assert core.tick(3.2)
+    assert core.tick(2.9 + 8.9)  # from here on, silence counts as ever
+    assert not core.tick(2.9 + 9.0)
+
+
+def test_a_check_while_another_waits_changes_nothing() -> None:
+    core = checked()
+    core.check(2.0)
+    sent(core)
+    before = core.deadline()
+    core.check(2.5)
+    assert (core.deadline(), core.has_data_to_send) == (before, False)
+    assert not core.tick(before)
+
+
+def test_a_ping_that_waits_already_is_question_enough() -> None:
+    core = checked()
+    assert core.tick(4.0)
+    sent(core)
+    core.check(4.5)
+    assert not core.has_data_to_send
+    assert core.deadline() == pytest.approx(5.5, abs=0.001)
+
+
+def test_what_was_sent_before_lengthens_a_check_until_it_is_confirmed() -> None:
+    core = checked()
+    for _ in range(2):
+        core.send(core.open_stream(1.0), bytes(INITIAL_WINDOW_BYTES))
+    bulk = sum(HEADER_BYTES + len(body) for _, body in sent(core))
+    core.check(2.0)
+    (ping,) = sent(core)
+    assert core._answer_by == pytest.approx(2.0 + 1.0 + bulk / yamux.SLOW_BYTES_PER_S, abs=0.001)
+    core.receive_data(Header(Type.PING, Flags.ACK, 0, ping[0].length).encode(), 3.9)
+    core.check(3.9)  # behind nothing any more, but with another round trip
+    assert core.round_trip_s is not None
+    assert core._answer_by == pytest.approx(3.9 + 4 * core.round_trip_s, abs=0.001)
+
+
+def test_a_program_that_slept_gives_its_peer_another_chance() -> None:
+    core = checked()
+    core.check(2.0)
+    late = 3.0 + yamux.LATE_S
+    assert core.tick(late + 0.001)
+    assert core.tick(late + 0.99)
+    assert not core.tick(late + 1.01)
+    core = checked()
+    core.check(2.0)
+    assert not core.tick(late - 0.01)  # a little late is not asleep
+
+
+@given(
+    st.integers(yamux.SLOW_BYTES_PER_S, 10 * yamux.SLOW_BYTES_PER_S),
+    st.floats(0.001, 0.8),
+    st.lists(st.tuples(st.floats(0.0, 2.0), st.sampled_from(["check", "bulk", "both"]), st.integers(1, 200_000))),
+)
+def test_who_is_behind_a_slow_line_is_never_taken_for_dead(
+    bytes_per_s: int, delay_s: float, events: list[tuple[float, str, int]]
+) -> None:
+    """It answers each ping when that has come through all that was sent before, and says nothing else."""
+    core = YamuxCore(client=True, now=0.0, settings=YamuxSettings(dead_after_s=1e6))
+    stream_id = core.open_stream(0.0)
+    core._streams[stream_id].send_window = 1 << 40
+    now = free_at = 0.0
+    answers: list[tuple[float, bytes]] = []
+
+    def put() -> None:
+        nonlocal free_at
+        for header, body in sent(core):
+            free_at = max(now, free_at) + (HEADER_BYTES + len(body)) / bytes_per_s
+            if header.type is Type.PING:
+                answers.append((free_at + delay_s, Header(Type.PING, Flags.ACK, 0, header.length).encode()))
+
+    for pause_s, kind, size in [*events, (60.0, "check", 1)]:
+        until = now + pause_s
+        while (due := min([core.deadline(), *(at for at, _ in answers)])) <= until:
+            now = max(now, due)
+            if answers and answers[0][0] <= now:
+                core.receive_data(answers.pop(0)[1], now)
+            assert core.tick(now)
+            put()
+        now = until
+        if kind != "check":
+            core.send(stream_id, bytes(size))
+            put()
+        if kind != "bulk":
+            core.check(now)
+            put()
+
+
 # Everything at once
 
 

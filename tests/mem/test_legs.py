@@ -1,0 +1,335 @@
+"""Sessions whose nodes are lost from sight, under virtual time: nodes without a model, on lines that can be cut."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+from client.errors import ClientError
+from client.session import Session
+from compute.node import DTYPE
+from net.addresses import parse
+from net.errors import RpcError
+from net.host import Host, open_host
+from net.identity import Identity, PeerId
+from net.mux.base import Stream
+from net.protocol import session as wire
+from net.protocol.announcement import NodeAnnouncement, Numerics
+from net.rpc import lane
+from net.rpc.framing import Message
+from net.swarm import Connection
+from net.transports.memory import MemoryNetwork
+from tests.mem.lines import Line, LineTransport
+from tests.net_helpers import seeded
+
+HALVES = [(0, 2), (2, 4)]
+HIDDEN = torch.ones(1, 3, 8)
+
+
+@dataclass(kw_only=True, eq=False)
+class FakeNode:
+    """Answers each step with what came; keeps sessions as long as it lives.
+
+    Attributes:
+        calls: what it was asked for, and when.
+        held: sessions that wait for somebody, or that somebody has.
+        step_s, resume_s: how long these take.
+        puts_off: what it says instead to who wants to resume.
+        moving: set when somebody has asked for that.
+    """
+
+    identity: Identity
+    span: tuple[int, int]
+    port: int
+    line: Line = field(default_factory=Line)
+    calls: list[tuple[str, float]] = field(default_factory=list)
+    held: dict[bytes, object] = field(default_factory=dict)
+    freed: int = 0
+    step_s: float = 0.0
+    resume_s: float = 0.0
+    puts_off: RpcError | None = None
+    moving: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self.identity.peer_id
+
+    @property
+    def offer(self) -> NodeAnnouncement:
+        start, end = self.span
+        return NodeAnnouncement(
+            peer_id=self.peer_id,
+            addresses=(parse(f"/memory/{self.port}"),),
+            model="some-bloom",
+            digest="d" * 64,
+            blocks=4,
+            start=start,
+            end=end,
+            weights="0" * 64,
+            numerics=Numerics(dtype=DTYPE, quantization="none", backend="cpu"),
+            decode_tokens_per_s=10.0,
+            cache_tokens_left=1000,
+            max_length=100,
+            state="online",
+            agent="test",
+        )
+
+    def count(self, method: str) -> int:
+        return sum(name == method for name, _ in self.calls)
+
+    async def serve(self, connection: Connection, stream: Stream) -> None:
+        owner = object()
+        mine: list[bytes] = []
+
+        async def open_one(message: Message) -> Message:
+            self._note("open")
+            token = len(self.calls).to_bytes(wire.TOKEN_BYTES, "big")
+            self.held[token] = owner
+            mine.append(token)
+            return Message(header={"token": token})
+
+        async def resume(message: Message) -> Message:
+            self._note("resume")
+            self.moving.set()
+            await trio.sleep(self.resume_s)
+            if self.puts_off is not None:
+                raise self.puts_off
+            token = wire.read_token(message.header)
+            if token not in self.held:
+                raise RpcError("no-session", "there is no such session (any more)")
+            self.held[token] = owner
+            mine.append(token)
+            return Message(header={})
+
+        async def step(message: Message) -> Message:
+            self._note("step")
+            await trio.sleep(self.step_s)
+            return Message(header={}, tensors=message.tensors)
+
+        methods = {"open": open_one, "resume": resume, "step": step}
+        await lane.serve(stream, connection.peer_id, methods, idle_s=600)
+        for token in mine:  # ended, not broken
+            if self.held.get(token) is owner:
+                del self.held[token]
+                self.freed += 1
+
+    def _note(self, method: str) -> None:
+        self.calls.append((method, trio.current_time()))
+
+
+@dataclass(kw_only=True, eq=False)
+class World:
+    host: Host
+    network: MemoryNetwork
+    nursery: trio.Nursery
+    nodes: list[FakeNode] = field(default_factory=list)
+
+    async def add(self, span: tuple[int, int]) -> FakeNode:
+        number = len(self.nodes) + 1
+        node = FakeNode(identity=seeded(number), span=span, port=number)
+        self.nodes.append(node)
+        await self.put(node)
+        return node
+
+    async def put(self, node: FakeNode) -> None:
+        """Have it listen where it announces itself."""
+        await self.nursery.start(self._run, node)
+
+    async def _run(self, node: FakeNode, *, task_status: trio.TaskStatus[None]) -> None:
+        async with AsyncExitStack() as stack:
+            transport = LineTransport(self.network, node.line)
+            where = [parse(f"/memory/{node.port}")]
+            host = await stack.enter_async_context(open_host(node.identity, listen=where, transports=[transport]))
+            host.handle(wire.PROTOCOL_ID, node.serve)
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def move(self, node: FakeNode, after_s: float = 0.0) -> None:
+        """The node loses its connections without a word, and is elsewhere from some time later on."""
+        node.line.cut()
+        await trio.sleep(after_s)
+        node.line, node.port = Line(), node.port + 100
+        await self.put(node)
+
+    async def find_nodes(self) -> list[NodeAnnouncement]:
+        await trio.lowlevel.checkpoint()
+        return [node.offer for node in self.nodes]
+
+    async def end_connections(self, node: FakeNode) -> None:
+        for connection in self.host.swarm.connections:
+            if connection.peer_id == node.peer_id:
+                connection.mux.close()
+                await connection.ended.wait()
+
+
+@asynccontextmanager
+async def world_of(*spans: tuple[int, int]) -> AsyncIterator[tuple[World, Session]]:
+    """Nodes, and a session that has made a step with the first ones."""
+    network = MemoryNetwork()
+    async with open_host(seeded(90), transports=[network.transport()]) as host, trio.open_nursery() as nursery:
+        world = World(host=host, network=network, nursery=nursery)
+        for span in spans:
+            await world.add(span)
+        session = Session(host, world.find_nodes)
+        assert torch.equal(await session.step(HIDDEN), HIDDEN)
+        yield world, session
+        await session.aclose()
+        nursery.cancel_scope.cancel()
+
+
+async def timed(session: Session) -> float:
+    """Seconds that a step takes."""
+    began = trio.current_time()
+    assert torch.equal(await session.step(HIDDEN), HIDDEN)
+    return trio.current_time() - began
+
+
+async def test_a_leg_not_at_work_is_resumed_while_another_one_computes(autojump_clock: MockClock) -> None:
+    async with world_of(*HALVES) as (world, session):
+        first, second = world.nodes
+        first.step_s = 5.0
+
+        async def lose() -> None:
+            await trio.sleep(1)
+            await world.end_connections(second)
+
+        world.nursery.start_soon(lose)
+        began = trio.current_time()
+        assert await timed(session) == pytest.approx(5, abs=0.1)  # nobody waited for it
+        [resumed_at] = [at for method, at in second.calls if method == "resume"]
+        assert resumed_at - began == pytest.approx(1, abs=0.1)
+        assert [node.count("open") for node in world.nodes] == [1, 1]
+        assert [node.count("step") for node in world.nodes] == [2, 2]  # nothing was sent again
+
+
+@pytest.mark.parametrize("at_work", [False, True])
+async def test_a_node_that_comes_back_elsewhere_is_found_and_nothing_is_replayed(
+    at_work: bool, autojump_clock: MockClock
+) -> None:
+    """Where it was, nobody answers any more: whoever asks there waits in vain."""
+    async with world_of(*HALVES) as (world, session):
+        first, second = world.nodes
+        worker = second if at_work else first
+        worker.step_s = 3.0
+        world.nursery.start_soon(_after, 1.0, lambda: world.nursery.start_soon(world.move, second, 0.5))
+        # Missed after 1.5 s, its announcement found after another one, and then perhaps its step once more.
+        assert await timed(session) <= (1.0 + 1.5 + 1.25 + 3.0 if at_work else 3.0 + 1.0)
+        assert [node.count("open") for node in world.nodes] == [1, 1]
+        assert second.count("resume") == 1
+        assert first.count("step") == 2
+        assert second.count("step") == (3 if at_work else 2)  # the step that was cut off is asked for again
+        assert [hop.node.peer_id for hop in session.chain] == [first.peer_id, second.peer_id]
+        assert await timed(session) <= 3.1
+
+
+async def _after(seconds: float, then: Callable[[], None]) -> None:
+    await trio.sleep(seconds)
+    then()
+
+
+@pytest.mark.parametrize("vanishes_after_s", [0.2, 4.0])
+async def test_a_node_at_work_that_vanishes_is_missed_soon(vanishes_after_s: float, autojump_clock: MockClock) -> None:
+    """Whatever time its step may take."""
+    async with world_of((0, 4), (0, 4)) as (world, session):
+        used = next(node for node in world.nodes if node.count("open"))
+        used.step_s = 30.0
+        world.nursery.start_soon(_after, vanishes_after_s, used.line.cut)
+        assert await timed(session) <= vanishes_after_s + 0.5 + 1.0 + 1.5 + 0.5  # a look, its answer, its return
+
+
+async def test_a_node_that_does_not_come_back_is_replaced_soon_where_others_can(autojump_clock: MockClock) -> None:
+    async with world_of((0, 4), (0, 4)) as (world, session):
+        used = next(node for node in world.nodes if node.count("open"))
+        other = next(node for node in world.nodes if node is not used)
+        await trio.sleep(1)
+        used.line.cut()
+        await world.end_connections(used)
+        assert await timed(session) == pytest.approx(1.5, abs=0.3)
+        assert (other.count("open"), other.count("step")) == (1, 2)  # what was before, and this step
+
+
+async def test_a_node_that_nobody_can_replace_is_waited_for_and_then_missed(autojump_clock: MockClock) -> None:
+    async with world_of(*HALVES) as (world, session):
+        lost = world.nodes[1]
+        await trio.sleep(1)
+        lost.line.cut()
+        await world.end_connections(lost)
+        began = trio.current_time()
+        with pytest.raises(ClientError):
+            await session.step(HIDDEN)
+        assert 12 <= trio.current_time() - began <= 12 + 4 * 8.5  # and then four tries to open it anew
+        assert session.position == HIDDEN.shape[1]
+
+
+async def test_a_step_that_is_cancelled_during_a_move_leaves_the_session_with_one_stream(
+    autojump_clock: MockClock,
+) -> None:
+    """Cancelled half-way, the node has given it to the new stream: the old one must not end it, nor is it lost."""
+    async with world_of((0, 4)) as (world, session):
+        [node] = world.nodes
+        node.resume_s = 0.5
+        [leg] = session._legs
+        await world.end_connections(node)
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(session.step, HIDDEN)
+                await node.moving.wait()
+                await trio.sleep(0.1)
+                nursery.cancel_scope.cancel()
+        assert not scope.cancelled_caught
+        await trio.testing.wait_all_tasks_blocked()
+        assert node.count("resume") == 1
+        assert (node.freed, len(node.held)) == (1, 0)  # the session closed its legs, that on the new stream among them
+        assert leg._lane is not None
+        node.resume_s = 0.0
+        assert await timed(session) <= 1
+        assert node.count("open") == 2
+
+
+async def test_a_leg_whose_move_is_cancelled_still_has_the_session(autojump_clock: MockClock) -> None:
+    """As when the step is done meanwhile, and nobody looks after it any more."""
+    async with world_of((0, 4)) as (world, session):
+        [node] = world.nodes
+        node.resume_s = 0.5
+        [leg] = session._legs
+        await world.end_connections(node)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(leg.keep)
+            await node.moving.wait()
+            await trio.sleep(0.1)
+            nursery.cancel_scope.cancel()
+        assert (node.freed, len(node.held)) == (0, 1)
+        node.resume_s = 0.0
+        assert await timed(session) == pytest.approx(0, abs=0.1)
+        assert (node.count("open"), node.count("resume")) == (1, 1)
+        assert node.count("step") == 2
+
+
+async def test_a_node_that_has_forgotten_the_session_is_replaced_at_once(autojump_clock: MockClock) -> None:
+    async with world_of((0, 4)) as (world, session):
+        [node] = world.nodes
+        node.held.clear()
+        await world.end_connections(node)
+        assert await timed(session) <= 1
+        assert node.count("open") == 2
+        assert node.count("step") == 3  # the history once more
+
+
+async def test_a_node_that_puts_a_move_off_holds_up_no_cancellation(autojump_clock: MockClock) -> None:
+    async with world_of((0, 4)) as (world, session):
+        [node] = world.nodes
+        node.puts_off = RpcError("busy", "later", 10.0)
+        await world.end_connections(node)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(session.step, HIDDEN)
+            await node.moving.wait()
+            cancelled_at = trio.current_time()
+            nursery.cancel_scope.cancel()
+        assert trio.current_time() - cancelled_at <= 5
