@@ -127,7 +127,7 @@ class Kademlia:
             addresses = wire.read_addresses(message.listen_addrs, connection.peer_id, self.host.swarm.can_dial)
             self.host.peerstore.hear(connection.peer_id, addresses)
             if wire.PROTOCOL_ID in message.protocols:
-                contact = Contact(peer_id=connection.peer_id, addresses=addresses, seen_at=connection.remote)
+                contact = Contact(peer_id=connection.peer_id, addresses=addresses, seen_at=connection.now_at)
                 self._backoff.forgive(connection.peer_id)
                 self.table.add(contact)
 
@@ -315,7 +315,7 @@ class Kademlia:
         """Keep what the sender says of itself; what it says of others is passed over."""
         for each in request.providers:
             if each.peer_id == connection.peer_id:
-                contact = Contact(peer_id=each.peer_id, addresses=each.addresses, seen_at=connection.remote)
+                contact = Contact(peer_id=each.peer_id, addresses=each.addresses, seen_at=connection.now_at)
                 try:
                     self.providers.put(request.key, contact, trio.current_time())
                 except errors.RecordError as error:

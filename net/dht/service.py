@@ -380,5 +380,5 @@ class Dht:
     def _note_caller(self, connection: Connection, message: Message) -> None:
         if "from" in message.header:
             claimed = wire.read_addresses(message.header, "from")
-            self.table.add(Contact(peer_id=connection.peer_id, addresses=claimed, seen_at=connection.remote))
+            self.table.add(Contact(peer_id=connection.peer_id, addresses=claimed, seen_at=connection.now_at))
             self._backoff.forgive(connection.peer_id)

@@ -17,6 +17,7 @@ from functools import cached_property
 from net.addresses import Multiaddr, ip_group
 from net.dht import keys
 from net.identity import PeerId
+from net.nat import endpoints
 
 K = 20
 PER_IP_GROUP = 3
@@ -49,9 +50,16 @@ class Contact:
 
     @cached_property
     def groups(self) -> frozenset[str]:
-        """The IP groups it occupies (loopback has none)."""
+        """The IP groups it occupies: of its public addresses, or if it has none, of all (loopback has none).
+
+        Private addresses are the same in many homes, and one relay stands before many of them.
+        """
         known = self.addresses if self.seen_at is None else (*self.addresses, self.seen_at)
-        return frozenset(group for address in known if (group := _ip_group(address)))
+        return _ip_groups(filter(endpoints.is_public, known)) or _ip_groups(known)
+
+
+def _ip_groups(known: Iterable[Multiaddr]) -> frozenset[str]:
+    return frozenset(group for address in known if (group := _ip_group(address)))
 
 
 def closest(target: bytes, contacts: Iterable[Contact], count: int = K) -> list[Contact]:

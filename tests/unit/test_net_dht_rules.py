@@ -582,3 +582,26 @@ def test_where_a_peer_calls_from_counts_whatever_it_claims() -> None:
     assert crowded.peer_id in table  # staying is not
     assert table.add(dataclasses.replace(settled, seen_at=None))
     assert next(c for c in table.contacts if c.peer_id == settled.peer_id).seen_at == called_from
+
+
+def test_homes_with_equal_private_addresses_are_not_one_network() -> None:
+    table = RoutingTable(OWN)
+    for index in range(4 * PER_IP_GROUP):
+        (each,) = in_bucket(index % 8, index // 8 + 1)[index // 8 :]
+        places = (f"/ip4/45.1.{index}.1/tcp/4001", "/ip4/172.17.0.1/tcp/4001")
+        table.add(dataclasses.replace(each, addresses=tuple(map(Multiaddr, places))))
+    assert len(table) == 4 * PER_IP_GROUP
+
+
+def test_homes_behind_one_relay_are_not_one_network() -> None:
+    table = RoutingTable(OWN)
+    relay = f"/ip4/45.1.0.1/tcp/4001/p2p/{OWN}/p2p-circuit"
+    for index in range(2 * PER_IP_GROUP):
+        (each,) = in_bucket(index % 8, index // 8 + 1)[index // 8 :]
+        places = (Multiaddr("/ip4/192.168.1.10/tcp/4001"), Multiaddr(relay))
+        called_from = Multiaddr(f"/ip4/45.2.{index}.1/tcp/4001")
+        table.add(dataclasses.replace(each, addresses=places, seen_at=called_from))
+    assert len(table) == 2 * PER_IP_GROUP
+    for number in range(2 * PER_IP_GROUP):  # who shows no address of its own stands where the relay stands
+        table.add(dataclasses.replace(in_bucket(9, number + 1)[number], addresses=(Multiaddr(relay),)))
+    assert len(table) <= 3 * PER_IP_GROUP
