@@ -9,14 +9,14 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import trio
 
 from net import errors, records
-from net.addresses import PeerAddress
+from net.addresses import Multiaddr, PeerAddress
 from net.dht import keys, wire
 from net.dht.backoff import Backoff
 from net.dht.gathering import Gathering
@@ -103,10 +103,10 @@ class Dht:
 
         async with trio.open_nursery() as nursery:
 
-            async def meet(peer: PeerAddress) -> None:
-                contact = Contact(peer_id=peer.peer_id, addresses=(peer.address,))
+            async def meet(peer_id: PeerId, addresses: Sequence[Multiaddr]) -> None:
+                contact = Contact(peer_id=peer_id, addresses=tuple(addresses))
                 try:
-                    await self.host.connect(peer.peer_id, [peer.address])
+                    await self.host.connect(peer_id, addresses)
                     await self._find(contact, keys.of_peer(self.host.peer_id), want_records=False)
                 except errors.NetError as error:
                     failures.append(error)
@@ -116,9 +116,12 @@ class Dht:
                     # One is enough to begin with; silent ones must not hold us up.
                     nursery.cancel_scope.deadline = trio.current_time() + self.settings.other_bootstrap_s
 
+            known: dict[PeerId, list[Multiaddr]] = {}
             for peer in self._bootstrap:
-                nursery.start_soon(meet, peer)
-        if failures and len(failures) == len(self._bootstrap):
+                known.setdefault(peer.peer_id, []).append(peer.address)
+            for peer_id, addresses in known.items():
+                nursery.start_soon(meet, peer_id, addresses)
+        if failures and len(failures) == len(known):
             if len(failures) == 1 and type(failures[0]) is not errors.DialError:
                 raise failures[0]
             reasons = "; ".join(dict.fromkeys(map(str, failures)))

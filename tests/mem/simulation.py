@@ -168,7 +168,7 @@ class SimulatedHost:
         if handler is None:
             raise errors.ProtocolNotSupported(protocols[0])
         stream = SimulatedStream(self, other, latency_s)
-        await handler(SimpleNamespace(peer_id=self.peer_id, remote=self.address), stream)
+        await handler(SimpleNamespace(peer_id=self.peer_id, remote=self.address, now_at=self.address), stream)
         return stream
 
     def leave(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -14,7 +15,7 @@ import trio.testing
 from trio.testing import MockClock
 
 from net import errors, records
-from net.addresses import PeerAddress, parse
+from net.addresses import Multiaddr, PeerAddress, parse
 from net.dht import keys, wire
 from net.dht.gathering import Gathering
 from net.dht.lookup import Lookup
@@ -28,7 +29,8 @@ from net.rpc import lane
 from net.rpc.framing import Message
 from net.rpc.lane import Method
 from net.swarm import Connection
-from net.transports.memory import MemoryNetwork
+from net.transports.base import RawConnection
+from net.transports.memory import MemoryNetwork, MemoryTransport
 from tests.net_helpers import MEMORY_ANY, UNREADABLE_ADDRESS, memory_hosts, seeded
 
 KEY = keys.of_name("raceme/test")
@@ -268,6 +270,24 @@ async def test_names_that_nobody_answers_to_are_tried_once_and_again_a_minute_la
         await trio.sleep(61)
         await dht.lookup(KEY)
         assert len([peer_id for peer_id, _ in dht.called if peer_id in names]) == 10
+
+
+async def test_a_silent_address_of_a_bootstrap_node_does_not_hold_up_its_others(autojump_clock: MockClock) -> None:
+    class Sometimes(MemoryTransport):
+        async def dial(self, address: Multiaddr, peer_id: PeerId | None = None) -> RawConnection:
+            if address == parse("/memory/777"):
+                await trio.sleep_forever()
+            return await super().dial(address, peer_id)
+
+    network = MemoryNetwork()
+    async with memory_hosts(1, network=network) as (server,):
+        Dht(server, server=True)
+        async with open_host(seeded(900), transports=[Sometimes(network)]) as host:
+            began = trio.current_time()
+            [there] = server.peer_addresses
+            silent = dataclasses.replace(there, address=parse("/memory/777"))
+            await Dht(host, server=False).join([silent, there])
+            assert trio.current_time() - began < 1
 
 
 async def test_in_another_network_those_that_did_not_answer_are_asked_again_and_we_announce_at_once(
