@@ -14,7 +14,7 @@ from contextlib import aclosing
 import trio
 
 from interop import lab
-from interop.lab import dials, ends, generation, lines, matrix, nat, paths, probes
+from interop.lab import changes, dials, ends, generation, lines, matrix, nat, paths, probes
 from interop.lab.probes import Finding
 from tests.bench import report
 from tests.bench.report import Figure, figure
@@ -125,6 +125,11 @@ async def _dials(found: Lab) -> None:
     await found.claims("dials", dials.run())
 
 
+async def _changes(found: Lab) -> None:
+    values = await found.claims("changes", changes.run(runs=found.runs or changes.RUNS))
+    found.figures.append(figure("seconds-to-return", list(values.values()), "s", better="lower", goal=changes.AGAIN_S))
+
+
 async def _paths(found: Lab) -> None:
     outcomes: list[paths.Outcome] = []
 
@@ -167,6 +172,7 @@ PARTS: dict[str, Callable[[Lab], Awaitable[None]]] = {
     "dials": _dials,
     "matrix": _matrix,
     "paths": _paths,
+    "changes": _changes,
     "generation": _generation,
     "ends": _ends,
 }

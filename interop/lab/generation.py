@@ -1,5 +1,5 @@
 """A generation over three nodes, each behind another NAT, from a client behind a fourth; then again while the relay is
-killed and the nodes' uplinks change. Both give the tokens of one machine.
+killed, and the nodes' uplinks and their routers' addresses change. Both give the tokens of one machine.
 
 The commands are those that people use. The pause is the longest between two tokens that ``raceme generate`` prints.
 """
@@ -51,6 +51,7 @@ async def run() -> AsyncGenerator[Finding, None]:
     net = internet()
     relays = [net.host(f"relay-{number}", rtt_ms=RTT_MS) for number in range(3)]
     homes = [net.home(f"{kind}-node", nat=kind, rtt_ms=RTT_MS) for kind in KINDS]
+    phones = [net.home(f"{kind}-phone", nat=kind, rtt_ms=RTT_MS) for kind in KINDS]
     machines = [home.host() for home in homes]
     caller = net.home("caller", nat="port-restricted", rtt_ms=RTT_MS).host()
     async with net.up(), AsyncExitStack() as stack:
@@ -70,7 +71,8 @@ async def run() -> AsyncGenerator[Finding, None]:
         printed = Printed()
         switched: list[str] = []
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_disturb, homes, processes[-1], printed, switched)
+            uplinks = [_Uplinks(*each) for each in zip(machines, homes, phones, strict=True)]
+            nursery.start_soon(_disturb, uplinks, processes[-1], printed, switched)
             await _generate(caller, known, printed, LONG_TOKENS)
             nursery.cancel_scope.cancel()
         yield finding("uplinks switched, a relay killed: switches", SWITCHES, len(switched))
@@ -93,14 +95,27 @@ def _same(name: str, expected: str, printed: Printed) -> Finding:
     )
 
 
-async def _disturb(homes: Sequence[Home], relay: trio.Process, printed: Printed, switched: list[str]) -> None:
-    """Once text comes, new public addresses in turn, and in the midst of it a relay's end."""
+@dataclass(frozen=True)
+class _Uplinks:
+    """A machine, its home, and the telephone that it can go online with."""
+
+    machine: Host
+    home: Home
+    phone: Home
+
+
+async def _disturb(uplinks: Sequence[_Uplinks], relay: trio.Process, printed: Printed, switched: list[str]) -> None:
+    """Once text comes, machine after machine gets another uplink or its router another address, and in the midst of it
+    a relay ends."""
     await printed.begun.wait()
     for number in range(SWITCHES):
         await trio.sleep(BETWEEN_S)
-        home = homes[number % len(homes)]
-        await home.renumber()
-        switched.append(home.name)
+        there = uplinks[number % len(uplinks)]
+        if number // len(uplinks) % 2:
+            await there.machine.move(there.phone if there.machine.home is there.home else there.home)
+        else:
+            await there.machine.home.renumber()
+        switched.append(there.machine.name)
         if number == SWITCHES // 2:
             relay.kill()
 

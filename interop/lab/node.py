@@ -6,6 +6,7 @@
         -> {"connected": bool, "direct": bool, "remote": ADDR or null, "seconds": S or null, "why": TEXT or null}
     {"do": "announce"}                                             -> {}
     {"do": "find", "peer": PEERID}                                 -> {"addresses": [ADDR, ...]}
+    {"do": "reach", "peer": PEERID, "within_s": S}                 -> {"seconds": S}
     {"do": "punches"}                                              -> {"tries": N, "successes": N}
     {"do": "ping", "peer": PEERID, "count": N}                     -> {"rtt_ms": MEDIAN}
     {"do": "stop"}                                                 -> {}
@@ -13,7 +14,8 @@
 ``start`` makes a new identity and new sockets, so that nothing of one attempt helps the next. With ``serve`` the node
 relays for others; with ``relay``, which is one relay at all of its addresses that are known, it has a reservation there
 before it answers, if it needs one. With ``in_dht`` it is one of the DHT's servers, which meet each other as they join.
-``announce`` puts its addresses into the DHT, where ``find`` looks for those of another. What goes wrong is
+``announce`` puts its addresses into the DHT, where ``find`` looks for those of another, and ``reach`` does so until
+that one has answered a ping. What goes wrong is
 ``{"error": TEXT}``. It ends with its standard input.
 """
 
@@ -32,12 +34,12 @@ import trio
 from net import addresses
 from net.dht import keys
 from net.dht.service import Dht
-from net.errors import NetError
+from net.errors import NetError, PeerFailed
 from net.host import Host, open_host
 from net.identity import Identity, PeerId
 from net.nat.reachability import Kind
 from net.nurseries import open_service_nursery
-from net.ping import ping
+from net.ping import ping, ping_once
 from net.presence import Presence, run_presence
 from net.relay.server import RelayServer
 
@@ -123,8 +125,9 @@ async def _do(host: Host, dht: Dht, presence: Presence, order: dict[str, Any]) -
         return {"tries": presence.puncher.tries, "successes": presence.puncher.successes}
     peer = PeerId.from_string(order["peer"])
     if order["do"] == "find":
-        found = [each.body for each in await dht.find(keys.of_peer(peer), RECORD) if each.peer_id == peer]
-        return {"addresses": [address for body in found for address in body["addresses"]]}
+        return {"addresses": await find(dht, peer)}
+    if order["do"] == "reach":
+        return {"seconds": await reach_announced(host, dht, peer, order["within_s"])}
     if order["do"] == "connect":
         return await reach(host, peer, order)
     round_trips: list[float] = []
@@ -134,6 +137,30 @@ async def _do(host: Host, dht: Dht, presence: Presence, order: dict[str, Any]) -
             if len(round_trips) == order["count"]:
                 break
     return {"rtt_ms": statistics.median(round_trips)}
+
+
+async def find(dht: Dht, peer: PeerId) -> list[str]:
+    found = [each.body for each in await dht.find(keys.of_peer(peer), RECORD) if each.peer_id == peer]
+    return [address for body in found for address in body["addresses"]]
+
+
+async def reach_announced(host: Host, dht: Dht, peer: PeerId, within_s: float) -> float:
+    """Seconds until the peer has answered a ping at an address that it announces.
+
+    Raises:
+        PeerFailed: it has not, within that time.
+    """
+    start = trio.current_time()
+    with trio.move_on_after(within_s):
+        while True:
+            try:
+                known = [addresses.parse(text) for text in await find(dht, peer)]
+                await host.connect(peer, known)
+                await ping_once(host, peer, timeout_s=1.0)
+                return trio.current_time() - start
+            except NetError:
+                await trio.sleep(LOOK_S)
+    raise PeerFailed(peer, f"not reached in {within_s:g} s")
 
 
 async def reach(host: Host, peer: PeerId, order: dict[str, Any]) -> dict[str, Any]:

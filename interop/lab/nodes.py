@@ -87,6 +87,10 @@ class Node:
         """What another node has announced."""
         return list((await self._ask(do="find", peer=peer.peer_id))["addresses"])
 
+    async def reach(self, peer: Node, *, within_s: float) -> float:
+        """Seconds until another node has answered at what it has announced. Raises: LabError if it does not in time."""
+        return float((await self._ask(do="reach", peer=peer.peer_id, within_s=within_s))["seconds"])
+
     async def tries(self) -> int | None:
         """How many punches it took the node to make a connection direct; None if it has made none."""
         counted = await self._ask(do="punches")
