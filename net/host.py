@@ -137,8 +137,12 @@ class Host:
         return await self.open_stream_over(await self.connect(peer_id, known), protocols)
 
     async def open_stream_over(self, connection: Connection, protocols: Sequence[str]) -> Stream:
-        """As ``open_stream``, over this very connection, whatever others there are to its peer."""
+        """As ``open_stream``, over this very connection, whatever others there are to its peer.
+
+        Should the connection be dead, that is found out within about a second.
+        """
         peer_id = connection.peer_id
+        connection.mux.check()
         stream = connection.mux.open_stream()
         try:
             with trio.move_on_after(self.limits.negotiate_s) as scope:

@@ -31,6 +31,7 @@ class Limits:
     handshake_s: float = 15.0
     negotiate_s: float = 10.0
     dial_s: float = 4.0  # one address; ours
+    dial_private_s: float = 1.5  # the same at a private address, until something answers: it is near, or not there
     dial_stagger_s: float = 0.1  # between the starts of two addresses of one peer; ours
     relay_delay_s: float = 0.5  # before a relayed address, behind direct ones
 

@@ -25,6 +25,7 @@ from net.mux.base import Muxer, Stream
 from net.mux.core import YamuxSettings
 from net.mux.driver import PROTOCOL_ID as YAMUX
 from net.mux.driver import YamuxConnection
+from net.nat import endpoints
 from net.nurseries import open_service_nursery
 from net.security.base import SecureChannel, Security
 from net.security.swarm_key import PrivateStream, SwarmKey
@@ -295,7 +296,11 @@ class Swarm:
                 # sends, while ours sends from a port that it does not know.
                 with trio.move_on_after(ROLE_PATIENCE_S):
                     await transport.punch(address)
-            arrived = await transport.dial(address, peer_id)
+            arrived: Arrived | None = None
+            with trio.move_on_after(self._limits.dial_private_s if _is_private(address) else self._limits.dial_s):
+                arrived = await transport.dial(address, peer_id)
+            if arrived is None:
+                raise errors.DialError(f"{address}: nobody answers at this private address")
             connection: Connection = await self._nursery.start(self._carry, arrived, peer_id, role)
             return connection
         raise errors.DialError(f"{address}: no answer within {self._limits.dial_s:g} s")
@@ -475,3 +480,9 @@ class Swarm:
             siblings.remove(connection)
             if not siblings:
                 self._connections.pop(connection.peer_id, None)
+
+
+def _is_private(address: Multiaddr) -> bool:
+    """Whether it means something within one network alone."""
+    endpoint = endpoints.read(address)
+    return endpoint is not None and endpoint.is_private

@@ -315,6 +315,8 @@ class Dht:
         with trio.move_on_after(self.settings.query_s):
             existing = self._lanes.get(contact.peer_id)
             if existing is not None:
+                if (connection := self.host.swarm.connection(contact.peer_id)) is not None:
+                    connection.mux.check()  # it may be dead since we asked last
                 try:
                     return await existing.call(method, fields, timeout_s=self.settings.query_s)
                 except errors.PeerFailed:

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 REQUEST_S = 10.0  # for a request to come, once its stream is open
 STOP_S = 10.0  # for the target to take a circuit; go-libp2p gives it 30
+RETURN_S = 2.5  # for who has lost its connection to come back: its network may have changed
 SWEEP_S = 5.0  # between looks for peers with reservations that have left
 PIECE_BYTES = 64 * 1024  # forwarded at a turn, about a record
 MAX_ADDRESSES = 16  # told to those who reserve
@@ -63,6 +64,7 @@ class RelayServer:
         self.traffic = Traffic()
         self._reservations = Reservations(self.limits)
         self._scopes: set[trio.CancelScope] = set()  # of circuits
+        self._missed: dict[PeerId, float] = {}  # who has a reservation and no connection, since when
         self._turns: Turns | None = None  # while it runs
 
     @property
@@ -98,9 +100,12 @@ class RelayServer:
             self._forget_the_gone()
 
     def _forget_the_gone(self) -> None:
-        self._reservations.expire(trio.current_time())
-        for peer_id in self._reservations.peers:
-            if self._direct_connection(peer_id) is None:
+        now = trio.current_time()
+        self._reservations.expire(now)
+        gone = [each for each in self._reservations.peers if self._direct_connection(each) is None]
+        self._missed = {each: self._missed.get(each, now) for each in gone}
+        for peer_id, since in self._missed.items():
+            if now - since >= RETURN_S:
                 self._reservations.drop(peer_id)
 
     def _direct_connection(self, peer_id: PeerId) -> Connection | None:
@@ -153,8 +158,7 @@ class RelayServer:
     # Circuits
 
     async def _connect(self, connection: Connection, near: Stream, target: PeerId) -> None:
-        if self._direct_connection(target) is None:
-            self._reservations.drop(target)
+        self._forget_the_gone()
         source = connection.peer_id
         slot = self._reservations.open_circuit(source, target, ip_group(connection.now_at), trio.current_time())
         try:
@@ -196,15 +200,18 @@ class RelayServer:
 
     async def _stop_at_newest(self, target: PeerId, message: StopMessage) -> Stream:
         """Ask the target; again, should it connect anew meanwhile: then the connection before may be dead."""
-        while (connection := self._direct_connection(target)) is not None:
-            connection.mux.check()
+        while True:
+            connection = self._direct_connection(target)
             with trio.CancelScope() as scope, self._watched(target, scope):
+                if connection is None:
+                    await trio.sleep(RETURN_S)
+                    raise Refused(Status.NO_RESERVATION, f"{target} is gone")
+                connection.mux.check()
                 try:
                     return await self._stop(connection, message)
                 except errors.ConnectionLost:
                     if not connection.mux.is_closed:
                         raise
-        raise Refused(Status.NO_RESERVATION, f"{target} is gone")
 
     @contextmanager
     def _watched(self, peer_id: PeerId, scope: trio.CancelScope) -> Iterator[None]:

@@ -126,6 +126,7 @@ class SimulatedHost:
         self.left = False
         self._handlers: dict[str, Callable[[Any, Any], Any]] = {}
         self._connected: dict[PeerId, tuple[SimulatedHost, float]] = {}
+        self.swarm = SimpleNamespace(connection=lambda peer_id: None)  # nothing of it can be checked
         network.hosts[self.address.to_bytes()] = self
 
     @property

@@ -27,7 +27,7 @@ from net.nurseries import open_service_nursery
 from net.relay import vouchers, wire
 from net.relay.client import RelayClient, RelayClientSettings
 from net.relay.reservations import RelayLimits
-from net.relay.server import RelayServer
+from net.relay.server import RETURN_S, RelayServer
 from net.relay.wire import HopMessage, Status, StopMessage
 from net.swarm import Connection
 from net.transports import circuit
@@ -260,9 +260,33 @@ async def test_a_target_that_is_gone_has_no_reservation_any_more(autojump_clock:
         for connection in world.far.swarm.connections:
             connection.mux.close()
         await settled()
+        began = trio.current_time()
         with pytest.raises(errors.DialError, match="has no reservation"):
             await world.near.connect(world.far.peer_id, [world.at])
+        assert trio.current_time() - began == pytest.approx(RETURN_S, abs=0.5)  # it might have come back
+        began = trio.current_time()
+        with pytest.raises(errors.DialError, match="has no reservation"):
+            await world.near.connect(world.far.peer_id, [world.at])
+        assert trio.current_time() - began < 0.1
         assert world.server.reservations == 0
+
+
+async def test_who_comes_back_while_it_is_called_is_reached(autojump_clock: MockClock) -> None:
+    async with three() as world:
+        for connection in world.far.swarm.connections:
+            connection.mux.close()
+        await settled()
+
+        async def come_back() -> None:
+            await trio.sleep(1)
+            await world.nursery.start(
+                circuits(world.far).reserve, world.server.host.peer_addresses[0], world.far.swarm.accept
+            )
+
+        world.nursery.start_soon(come_back)
+        began = trio.current_time()
+        await world.near.connect(world.far.peer_id, [world.at])
+        assert trio.current_time() - began == pytest.approx(1, abs=0.1)
 
 
 async def test_limits_of_circuits_and_reservations(autojump_clock: MockClock) -> None:
@@ -990,7 +1014,7 @@ async def test_a_target_that_has_vanished_is_given_up_soon(autojump_clock: MockC
         began = trio.current_time()
         with pytest.raises(errors.DialError, match=r"has no reservation|could not reach"):
             await near.connect(far.peer_id, reservation.addresses)
-        assert trio.current_time() - began <= 1.5
+        assert trio.current_time() - began <= 1.5 + RETURN_S
         nursery.cancel_scope.cancel()
 
 
