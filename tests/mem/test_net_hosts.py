@@ -13,7 +13,7 @@ from libp2p.identity.identify.pb.identify_pb2 import Identify
 from trio.testing import MockClock
 
 from net import errors, identify, keeping, multistream, ping
-from net.addresses import Multiaddr
+from net.addresses import Multiaddr, tcp
 from net.host import Host, open_host
 from net.identity import PeerId
 from net.limits import ConnectionCounts, Limits
@@ -22,6 +22,7 @@ from net.ping import ping_once
 from net.swarm import Connection
 from net.transports.base import RawConnection
 from net.transports.memory import MemoryNetwork
+from tests.mem.internet import Internet
 from tests.mem.lines import LineTransport
 from tests.net_helpers import MEMORY_ANY, echo, memory_hosts, receive_all, receive_count, seeded
 
@@ -276,6 +277,28 @@ async def test_who_connects_again_has_its_older_connection_checked(autojump_cloc
         assert trio.current_time() - began <= 1.1
         assert host.swarm.connection(peer.peer_id) is not None
         assert len(host.swarm.connections) == 1
+
+
+async def test_who_opens_a_stream_has_the_connection_checked(autojump_clock: MockClock) -> None:
+    network = MemoryNetwork()
+    async with memory_hosts(1, network=network) as (host,), on_a_line(network, 9) as (peer, transport):
+        await host.connect(peer.peer_id, peer.addresses)
+        await trio.sleep(30)
+        transport.line.cut()
+        began = trio.current_time()
+        with pytest.raises(errors.ConnectionLost):
+            await host.open_stream(peer.peer_id, [ping.PROTOCOL_ID])
+        assert trio.current_time() - began <= 1.1
+
+
+async def test_nobody_waits_for_long_at_a_private_address(autojump_clock: MockClock) -> None:
+    internet = Internet()
+    async with open_host(seeded(1), transports=[internet.machine("192.168.1.10", internet.router("45.1.0.1"))]) as host:
+        for address, seconds in (("192.168.1.99", 1.5), ("45.9.0.1", 4.0)):
+            began = trio.current_time()
+            with pytest.raises(errors.DialError):
+                await host.connect(seeded(2).peer_id, [tcp(address, 4001)])
+            assert trio.current_time() - began == pytest.approx(seconds, abs=0.1)
 
 
 # Two at once
