@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -32,7 +33,10 @@ from torch import Tensor, nn
 from compute.bloom.block import BloomBlock, BloomSpan, span_digest
 from compute.bloom.config import BloomConfig
 from compute.bloom.head import Embeddings, Head
+from compute.bloom.quantized import put_together, quantize, take_apart
 from compute.errors import CheckpointError
+from compute.linear import backend
+from compute.linear.kept import KeptWeights
 from compute.shards import Shard, open_shard
 from compute.sources import FolderSource, HubSource, Source
 from compute.tensors import tensor_bytes
@@ -47,6 +51,8 @@ _LAYOUTS: Final = (  # index first: where a repository has both, shards mean les
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
 _WORD_EMBEDDINGS: Final = "word_embeddings.weight"
+_HEX_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 M = TypeVar("M", bound=nn.Module)
@@ -159,22 +165,39 @@ class Checkpoint:
         return self._read_block(index, dtype, {})[0]
 
     def load_span(
-        self, start: int, end: int, dtype: torch.dtype = torch.float32, progress: Progress | None = None
+        self,
+        start: int,
+        end: int,
+        dtype: torch.dtype = torch.float32,
+        progress: Progress | None = None,
+        *,
+        linear: str | None = None,
+        kept: KeptWeights | None = None,
     ) -> BloomSpan:
         """Blocks ``[start, end)``, with the digests of their weights.
 
-        Weights are copied: the files may be changed or deleted afterwards.
+        Weights are copied: the files may be changed or deleted afterwards. With ``linear``, one block at most is in
+        memory unquantised.
 
         Args:
             start: Index of the first block.
             end: Index after the last block.
             dtype: What weights are converted to.
             progress: Called with (blocks loaded, blocks in all), first with 0 and last with all.
+            linear: Backend of the linear layers (:data:`compute.linear.BACKENDS`), with float32 for the rest;
+                ``None`` for plain layers in ``dtype``.
+            kept: Where quantised weights are looked for and kept, for backends whose weights are worth it.
 
         Raises:
-            CheckpointError: See the class.
-            ValueError: The span is empty or not within the model.
+            CheckpointError: See the class; also, that the weights do not fit into the backend's form.
+            ValueError: The span is empty or not within the model, there is no such backend, or it comes together with
+                another dtype than float32.
+            RuntimeError: This machine lacks the backend's kernel.
         """
+        if linear is not None:
+            if dtype != torch.float32:
+                raise ValueError(f"linear layers {linear} come with float32, not with {dtype}")
+            kept = kept if backend(linear).is_kept else None
         if not 0 <= start < end <= self.n_blocks:
             raise ValueError(f"span [{start}, {end}) is not within the {self.n_blocks} blocks of {self.name}")
         report = progress or (lambda done, total: None)
@@ -184,11 +207,17 @@ class Checkpoint:
         with contextlib.ExitStack() as stack:
             shards: dict[str, Shard] = {}
             for index in range(start, end):
-                self._open_shards(self._files_of(f"h.{index}."), shards, stack)
-                state, digest = self._read_block(index, dtype, shards)
-                with torch.device("meta"):
-                    block = BloomBlock(self.config)
-                blocks.append(_assign(block, state))
+                block, digest = self._find_kept(index, linear, kept) if linear and kept else (None, "")
+                if block is None:
+                    self._open_shards(self._files_of(f"h.{index}."), shards, stack)
+                    state, digest = self._read_block(index, dtype, shards)
+                    with torch.device("meta"):
+                        block = BloomBlock(self.config)
+                    _assign(block, state)
+                    del state
+                    if linear is not None:
+                        self._quantize(block, index, linear, kept, digest)
+                blocks.append(block)
                 digests.append(digest)
                 report(len(blocks), end - start)
         return BloomSpan(self.config, start, blocks, block_digests=tuple(digests), digest=span_digest(digests))
@@ -280,6 +309,33 @@ class Checkpoint:
         if not isinstance(content, dict):
             raise CheckpointError(f"{path}: not a JSON object; get the file again")
         return content
+
+    def _find_kept(self, index: int, linear: str, kept: KeptWeights) -> tuple[BloomBlock | None, str]:
+        """A block that was kept, and the digest of what it was made from."""
+        found = kept.get(self._kept_key(index, linear))
+        if found is None or not _HEX_DIGEST.fullmatch(found.source):
+            return None, ""
+        try:
+            return put_together(self.config, linear, found.tensors), found.source
+        except (KeyError, ValueError) as exc:
+            _log.warning("block %d of %s: what was kept does not fit, and is made anew (%s)", index, self.name, exc)
+            return None, ""
+
+    def _quantize(self, block: BloomBlock, index: int, linear: str, kept: KeptWeights | None, digest: str) -> None:
+        try:
+            quantize(block, linear)
+        except ValueError as exc:
+            raise CheckpointError(f"{self.label}: block {index} has {exc}") from exc
+        if kept is not None:
+            kept.put(self._kept_key(index, linear), take_apart(block), digest)
+
+    def _kept_key(self, index: int, linear: str) -> dict[str, object]:
+        """What decides a quantised block; reading the weights themselves is what keeping them saves."""
+        files = []
+        for file in sorted(self._files_of(f"h.{index}.")):
+            status = self.file(file).stat()
+            files.append([file, status.st_size, status.st_mtime_ns])
+        return {"model": self.digest, "block": index, "linear": linear, "files": files}
 
     def _files_of(self, prefix: str) -> set[str]:
         return {file for name, (_, file) in self._tensors.items() if name.startswith(prefix)}

@@ -58,7 +58,7 @@ def open_shard(path: Path) -> Iterator[Shard]:
         CheckpointError: It is damaged, cut short, or of another kind.
     """
     if path.suffix == ".safetensors":
-        _check_header(path)
+        check_header(path)
         try:
             opened = safe_open(str(path), framework="pt", device="cpu")
         except (SafetensorError, OSError) as exc:
@@ -146,7 +146,7 @@ class BinShard:
         return self._tensors[name].detach().contiguous()
 
 
-def _check_header(path: Path) -> None:
+def check_header(path: Path) -> None:
     """Refuse a header that is too long before the library reads it."""
     try:
         with path.open("rb") as file:

@@ -4,6 +4,11 @@ Names of modules and parameters are those of transformers, so a checkpoint loads
 arithmetic is also transformers', to rounding: attention goes through torch's fused kernel, and keys and
 values are written into memory that exists already and is not concatenated anew for every token.
 
+Linear layers come as ``nn.Linear``, whose names a checkpoint knows; ``compute.bloom.quantized`` puts others in
+their place. Steps of several sessions run together (:meth:`BloomSpan.steps`) such that linear layers see all rows
+at once and attention each session by itself: a session's bits are then those that it would have alone, if its linear
+layers' rows are independent.
+
 With a cache, run under ``torch.inference_mode`` or ``torch.no_grad``: the cache is written in place.
 Without one, gradients flow to the input and to parameters that require them.
 """
@@ -11,7 +16,8 @@ Without one, gradients flow to the input and to parameters that require them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -20,6 +26,8 @@ from torch import Tensor, nn
 
 from compute.bloom.alibi import alibi_bias, slopes
 from compute.bloom.config import BloomConfig
+from compute.bloom.gelu import gelu
+from compute.linear import FrozenLinear
 
 
 class SpanCache(Protocol):
@@ -33,6 +41,21 @@ class SpanCache(Protocol):
         """
 
 
+@dataclass(frozen=True, eq=False)
+class Step:
+    """Some new tokens of one session.
+
+    Attributes:
+        hidden: Their hidden states, [b, t, d].
+        cache: The session's keys and values, with room for ``position + t`` tokens.
+        position: Index of the first token.
+    """
+
+    hidden: Tensor
+    cache: SpanCache
+    position: int
+
+
 class BloomAttention(nn.Module):
     """Multi-head attention with ALiBi: the part of a block that looks at other tokens."""
 
@@ -41,15 +64,25 @@ class BloomAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.head_dim = config.head_dim
-        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.query_key_value: nn.Module = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense: nn.Module = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
         self, hidden: Tensor, bias: Tensor, keys: Tensor | None, values: Tensor | None, position: int
     ) -> Tensor:
         """Attend; see :meth:`BloomBlock.forward` for the arguments."""
-        b, t, d = hidden.shape
-        fused: Tensor = self.query_key_value(hidden)  # [b, t, 3d]
+        merged = self.attend(self.query_key_value(hidden), bias, keys, values, position)  # [b, t, d]
+        output: Tensor = self.dense(merged)  # [b, t, d]
+        return output
+
+    def attend(self, fused: Tensor, bias: Tensor, keys: Tensor | None, values: Tensor | None, position: int) -> Tensor:
+        """What lies between the two linear layers; each row by itself.
+
+        Shapes:
+            fused: [b, t, 3d]
+            returns: [b, t, d]
+        """
+        b, t, _ = fused.shape
         fused = fused.view(b, t, self.n_head, 3, self.head_dim).permute(3, 0, 2, 1, 4)  # [3, b, h, t, hd]
         query, key, value = fused.unbind(0)  # 3 x [b, h, t, hd]
         if keys is not None and values is not None:
@@ -58,9 +91,7 @@ class BloomAttention(nn.Module):
             values[:, :, position:end] = value  # [b, h, t, hd]
             key, value = keys[:, :, :end], values[:, :, :end]  # [b, h, L, hd]
         context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)  # [b, h, t, hd]
-        merged = context.transpose(1, 2).reshape(b, t, d)  # [b, t, d]
-        output: Tensor = self.dense(merged)  # [b, t, d]
-        return output
+        return context.transpose(1, 2).reshape(b, t, self.n_head * self.head_dim)  # [b, t, d]
 
 
 class BloomMLP(nn.Module):
@@ -69,18 +100,18 @@ class BloomMLP(nn.Module):
     def __init__(self, config: BloomConfig) -> None:
         """Make the layers, on whatever device is torch's default."""
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, 4 * config.hidden_size)
-        self.dense_4h_to_h = nn.Linear(4 * config.hidden_size, config.hidden_size)
+        self.dense_h_to_4h: nn.Module = nn.Linear(config.hidden_size, 4 * config.hidden_size)
+        self.dense_4h_to_h: nn.Module = nn.Linear(4 * config.hidden_size, config.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Widen, bend, narrow.
 
         Shapes:
-            hidden: [b, t, d]
-            returns: [b, t, d]
+            hidden: [..., d]
+            returns: [..., d]
         """
-        wide = F.gelu(self.dense_h_to_4h(hidden), approximate="tanh")  # [b, t, 4d]
-        output: Tensor = self.dense_4h_to_h(wide)  # [b, t, d]
+        wide = gelu(self.dense_h_to_4h(hidden))  # [..., 4d]
+        output: Tensor = self.dense_4h_to_h(wide)  # [..., d]
         return output
 
 
@@ -123,10 +154,45 @@ class BloomBlock(nn.Module):
         normed: Tensor = self.input_layernorm(hidden)  # [b, t, d]
         residual = normed if self.post_layernorm_residual else hidden  # [b, t, d]
         hidden = self.self_attention(normed, bias, keys, values, position) + residual  # [b, t, d]
-        normed = self.post_attention_layernorm(hidden)  # [b, t, d]
-        residual = normed if self.post_layernorm_residual else hidden  # [b, t, d]
-        output: Tensor = self.mlp(normed) + residual  # [b, t, d]
+        return self._finish(hidden)  # [b, t, d]
+
+    def together(self, hidden: Tensor, parts: Sequence[_Part], index: int) -> Tensor:
+        """Run the block on steps of several sessions, as the span's block ``index``.
+
+        Shapes:
+            hidden: [n, d], all their tokens, one part after another
+            returns: [n, d]
+        """
+        attention = self.self_attention
+        normed: Tensor = self.input_layernorm(hidden)  # [n, d]
+        residual = normed if self.post_layernorm_residual else hidden  # [n, d]
+        fused: Tensor = attention.query_key_value(normed)  # [n, 3d]
+        merged = torch.empty_like(normed)  # [n, d]
+        for part in parts:
+            rows = slice(part.start, part.start + part.b * part.t)
+            keys, values = part.step.cache.layer(index)  # [b, h, L, hd]
+            own = fused[rows].view(part.b, part.t, -1)  # [b, t, 3d]
+            context = attention.attend(own, part.bias, keys, values, part.step.position)  # [b, t, d]
+            merged[rows] = context.view(part.b * part.t, -1)  # [b * t, d]
+        return self._finish(attention.dense(merged) + residual)  # [n, d]
+
+    def _finish(self, hidden: Tensor) -> Tensor:
+        """What comes after attention: [..., d] to [..., d]."""
+        normed: Tensor = self.post_attention_layernorm(hidden)  # [..., d]
+        residual = normed if self.post_layernorm_residual else hidden  # [..., d]
+        output: Tensor = self.mlp(normed) + residual  # [..., d]
         return output
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A step's rows among those of all steps, from ``start`` on, and its bias."""
+
+    step: Step
+    start: int
+    b: int
+    t: int
+    bias: Tensor
 
 
 def span_digest(block_digests: Iterable[str]) -> str:
@@ -194,8 +260,34 @@ class BloomSpan(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights, and so of hidden states and cache."""
+        """The dtype of norms and biases, and so of hidden states and cache; linear layers may hold others."""
         return next(self.parameters()).dtype
+
+    @property
+    def linears(self) -> list[FrozenLinear]:
+        """The linear layers, if they have been replaced (``compute.bloom.quantized``)."""
+        return [module for module in self.modules() if isinstance(module, FrozenLinear)]
+
+    @property
+    def rows_independent(self) -> bool:
+        """Whether a row's result has the same bits alone and beside any others, up to 32 rows in all."""
+        linears = self.linears
+        return bool(linears) and all(layer.rows_independent for layer in linears)
+
+    @property
+    def numerics(self) -> tuple[str, str, str]:
+        """What decides the bits of a result besides weights and input: dtype, quantisation, and who multiplies.
+
+        The last one ends in ``-mixing`` where a row's bits depend on the rows beside it.
+        """
+        dtype, where = str(self.dtype).removeprefix("torch."), self.device.type
+        linears = self.linears
+        if not linears:
+            return dtype, "none", where
+        kinds = sorted({(layer.name, layer.kernel) for layer in linears})
+        name, kernel = ("+".join(parts) for parts in zip(*kinds, strict=True))
+        mixing = "" if self.rows_independent else "-mixing"
+        return dtype, "none" if name == "fp32" else name, f"{where}-{kernel}{mixing}"
 
     @property
     def device(self) -> torch.device:
@@ -219,10 +311,35 @@ class BloomSpan(nn.Module):
         """
         if cache is None and position:
             raise ValueError("a position other than 0 needs a cache")
-        if self._slopes.device != hidden.device:
-            self._slopes = self._slopes.to(hidden.device)  # [h]
-        bias = alibi_bias(self._slopes, position, hidden.shape[1])  # [1, h, t, L]
+        bias = self._bias(hidden, position)  # [1, h, t, L]
         for index, block in enumerate(self.blocks):
             keys, values = (None, None) if cache is None else cache.layer(index)  # [b, h, L, hd]
             hidden = block(hidden, bias, keys, values, position)  # [b, t, d]
         return hidden
+
+    def steps(self, steps: Sequence[Step]) -> list[Tensor]:
+        """Run every block on new tokens of several sessions, whose positions may all differ.
+
+        Each session's result, and what is written into its cache, has the same bits as by :meth:`forward` alone, if
+        :attr:`rows_independent` and the steps have not more rows together than that says.
+
+        Shapes:
+            returns: one [b, t, d] for every step
+        """
+        parts: list[_Part] = []
+        start = 0
+        for step in steps:
+            b, t, _ = step.hidden.shape
+            bias = self._bias(step.hidden, step.position)  # [1, h, t, L]
+            parts.append(_Part(step=step, start=start, b=b, t=t, bias=bias))
+            start += b * t
+        width = self.config.hidden_size
+        hidden = torch.cat([step.hidden.reshape(-1, width) for step in steps])  # [n, d]
+        for index, block in enumerate(self.blocks):
+            hidden = block.together(hidden, parts, index)  # type: ignore[operator]  # a BloomBlock; [n, d]
+        return [hidden[part.start : part.start + part.b * part.t].view(part.b, part.t, width) for part in parts]
+
+    def _bias(self, hidden: Tensor, position: int) -> Tensor:
+        if self._slopes.device != hidden.device:
+            self._slopes = self._slopes.to(hidden.device)  # [h]
+        return alibi_bias(self._slopes, position, hidden.shape[1])  # [1, h, t, L]
