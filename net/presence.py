@@ -71,8 +71,9 @@ async def _announce_changes(host: Host, dht: Dht) -> None:
     told = host.addresses
     while True:
         await trio.sleep(ANNOUNCE_S)
-        if host.addresses != told:
-            told = host.addresses
+        now = host.addresses
+        if now != told:
+            told = now
             dht.renew()
 
 

@@ -1,8 +1,8 @@
 """The lab: everything that runs on the simulated internet, with its tables.
 
 It begins with itself: every NAT and every line is held to what it claims. Then our nodes: dials that need no help, the
-matrix of all NATs, and the best paths where things are less simple. Needs root (or a kernel that lends it in user
-namespaces), nftables and iproute2; leaves nothing behind.
+matrix of all NATs, the best paths where things are less simple, generations, and changes of the network. Needs root (or
+a kernel that lends it in user namespaces), nftables and iproute2; leaves nothing behind.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from net.security.noise import NoiseSecurity
 from net.security.tls import TlsSecurity
 from net.swarm import Connection
 from tests.bench import report
+from tests.bench.processes import another
 
 MB = 1_000_000
 SINK, ECHO = "/bench/sink/1", "/bench/echo/1"
@@ -169,27 +170,10 @@ def _server() -> Any:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_certificate(folder)
-        with _process("--relay") as relaying:
+        with another("tests.bench.net", "--relay") as relaying:
             relay = parse_peer(relaying.stdout.readline() if relaying.stdout is not None else "")
-            with _process("--serve", name, "--through", str(relay)) as popen:
+            with another("tests.bench.net", "--serve", name, "--through", str(relay)) as popen:
                 yield _Server(popen, folder, relay)
-
-
-@contextlib.contextmanager
-def _process(*words: str) -> Iterator[subprocess.Popen[str]]:
-    """Another of this module, until the block ends."""
-    command = [sys.executable, "-m", "tests.bench.net", *words]
-    popen = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        yield popen
-    finally:
-        if popen.stdin is not None:
-            popen.stdin.close()
-        try:
-            popen.wait(5)
-        except subprocess.TimeoutExpired:
-            popen.kill()
-            popen.wait()
 
 
 async def _push(stream: Stream, size: int) -> float:

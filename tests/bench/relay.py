@@ -17,7 +17,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -36,6 +35,7 @@ from net.transports.base import Accept, Arrived, RawConnection, RawStream
 from net.transports.circuit import CircuitTransport
 from net.transports.tcp import TcpTransport
 from tests.bench import report
+from tests.bench.processes import another
 
 MB = 1_000_000
 USERS = 10
@@ -221,18 +221,8 @@ class _Process:
 
 @contextlib.contextmanager
 def _process(**options: Any) -> Iterator[_Process]:
-    command = [sys.executable, "-m", "tests.bench.relay", "--part", json.dumps(options)]
-    popen = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
+    with another("tests.bench.relay", "--part", json.dumps(options)) as popen:
         yield _Process(popen)
-    finally:
-        if popen.stdin is not None:
-            popen.stdin.close()
-        try:
-            popen.wait(5)
-        except subprocess.TimeoutExpired:
-            popen.kill()
-            popen.wait()
 
 
 def _measure(rate: float | None, bytes_per_s: float, seconds: float) -> dict[str, float]:

@@ -21,8 +21,9 @@ from net.host import open_host
 from net.mux.base import Stream
 from net.nat.mapping import PortMapper
 from net.swarm import Connection
+from tests.gateways import found
 from tests.mem.internet import Internet, Machine
-from tests.mem.test_nat_reachability import INNER, PEERS, FakeGateway, found, node_at
+from tests.mem.test_nat_reachability import INNER, PEERS, FakeGateway, node_at
 from tests.net_helpers import seeded
 
 

@@ -14,10 +14,11 @@ from trio.testing import MockClock
 from net.addresses import Multiaddr, tcp
 from net.host import Host, open_host
 from net.nat.dialback import DialBackSettings
-from net.nat.gateway import Gateway, GatewayError, Lease, NoGateway, Port
+from net.nat.gateway import Gateway, GatewayError, Lease, Port
 from net.nat.mapping import FindGateway, MappingSettings, MappingState, PortMapper
 from net.nat.observed import Mapping
 from net.nat.reachability import Kind, Reachability, ReachabilitySettings
+from tests.gateways import found, nothing
 from tests.mem.internet import Internet, Machine, Router
 from tests.net_helpers import seeded
 
@@ -60,18 +61,6 @@ class FakeGateway:
             await trio.sleep_forever()
         if self.refuses:
             raise GatewayError("the router refuses (no)")
-
-
-def found(gateway: Gateway) -> FindGateway:
-    async def find() -> Gateway:
-        await trio.lowlevel.checkpoint()
-        return gateway
-
-    return find
-
-
-async def nothing() -> Gateway:
-    raise NoGateway("nobody is there")
 
 
 @asynccontextmanager

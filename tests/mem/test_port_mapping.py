@@ -15,6 +15,7 @@ from trio.testing import MockClock
 from net.nat.gateway import Gateway, GatewayError, Lease, NoGateway, Port
 from net.nat.mapping import FindGateway, MappingSettings, MappingState, PortMapper
 from net.nat.upnp import CONFLICT, ONLY_PERMANENT, UpnpGateway
+from tests.gateways import found, nothing
 
 TCP, UDP = Port(transport="tcp", number=4001), Port(transport="udp", number=4001)
 OUTER_PORT = 7001
@@ -53,18 +54,6 @@ class StrictRouter:
     async def unmap(self, port: Port, lease: Lease) -> None:
         await trio.sleep(self.answer_s)
         self._until.pop(port, None)
-
-
-def found(gateway: Gateway) -> FindGateway:
-    async def find() -> Gateway:
-        await trio.lowlevel.checkpoint()
-        return gateway
-
-    return find
-
-
-async def nothing() -> Gateway:
-    raise NoGateway("nobody is there")
 
 
 @asynccontextmanager
