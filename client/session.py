@@ -16,7 +16,7 @@ from functools import partial
 import torch
 import trio
 
-from client.errors import InvalidInput, MissingBlocks, SessionFailed
+from client.errors import InvalidInput, MissingBlocks, SessionFailed, UnknownModel
 from client.legs import FindNodes, Leg
 from client.routing import Hop, choose_chain
 from compute.errors import BadInput
@@ -25,12 +25,25 @@ from net import errors
 from net.host import Host
 from net.identity import PeerId
 from net.protocol import session as wire
+from net.protocol.announcement import NodeAnnouncement
 from net.rpc.framing import MAX_FRAME_BYTES, MAX_HEADER_BYTES, Message, Tensor
 
 logger = logging.getLogger(__name__)
 
 STEP_TIMEOUT_S = 60.0
-MAX_REPLACEMENTS = 4  # chains tried for one step
+WAIT_S = 20.0  # of one step, for nodes that fail, while no others could take their place
+AGAIN_S = 0.5  # before the second try with a node that failed; twice as long before each further one, up to
+MAX_AGAIN_S = 4.0
+LOOK_S = 0.5  # before the next look at who is there
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Failure:
+    """Why a node is avoided, when it may be tried again if nobody else can be, and how long that was put off."""
+
+    reason: str
+    again_at: float
+    delay_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +78,8 @@ class Session:
         self._find_nodes = find_nodes
         self._requested_length = max_length
         self._legs: list[Leg] = []
-        self._failed: dict[PeerId, str] = {}  # who, and why
-        self._may_forgive = True
+        self._failed: dict[PeerId, _Failure] = {}  # until they do a step
+        self._gives_up_at: float | None = None  # set by the first failure in a step
         self._history: list[_Piece] = []
         self.chain: list[Hop] = []
         self.batch: int | None = None
@@ -83,7 +96,7 @@ class Session:
         """
         if self.batch not in (None, batch):
             raise InvalidInput(f"the session has {self.batch} rows, not {batch}; open another with model.session()")
-        self._may_forgive = True
+        self._gives_up_at = None
         if not self._legs:
             await self._open_chain(batch)
 
@@ -145,7 +158,7 @@ class Session:
 
         Another chain is tried when a node fails.
         """
-        for attempt in range(MAX_REPLACEMENTS):
+        while True:
             chain = await self._choose()
             longest = min(wire.MAX_LENGTH, *(hop.node.max_length for hop in chain))
             self.max_length = min(longest, self._requested_length or longest)
@@ -154,7 +167,7 @@ class Session:
                 for earlier in self._history:
                     await self._through_chain(earlier)
             except errors.PeerFailed as error:
-                logger.info("chain %d: %s", attempt, error)
+                logger.info("no chain: %s", error)
                 await self._give_up_on(error)
                 continue
             except BaseException:  # refused or cancelled half-way: half a chain must not be taken for one
@@ -163,25 +176,49 @@ class Session:
                 raise
             self.chain, self.batch = chain, batch
             return
-        raise SessionFailed(
-            f"{MAX_REPLACEMENTS} chains failed one after another, the last one for: {self._last_reason}; "
-            f"the swarm may be overloaded: try again later"
-        )
 
     async def _choose(self) -> list[Hop]:
-        """A chain without the nodes that failed; when there is none, those get one more chance in each step.
+        """A chain without the nodes that failed. While there is none, those are tried again, less and less often: they
+        may have ended the session because it was idle, or come back.
 
-        (A node may have ended the session because it was idle, or may have come back meanwhile.)
+        Raises:
+            MissingBlocks, UnknownModel, NetError: there is no chain, and has been none for ``WAIT_S``; at once where
+                no node has failed.
+            SessionFailed: one node after another has failed for so long.
         """
-        nodes = await self._find_nodes()
+        while True:
+            try:
+                return self._choose_from(await self._find_nodes())
+            except (MissingBlocks, UnknownModel, errors.NetError) as error:
+                if not self._failed or self._out_of_patience():
+                    raise
+                logger.info("waiting for nodes: %s", error)
+            await trio.sleep(LOOK_S)
+
+    def _choose_from(self, nodes: list[NodeAnnouncement]) -> list[Hop]:
         try:
-            return choose_chain(nodes, avoid=self._failed)
+            chain = choose_chain(nodes, avoid={peer: failure.reason for peer, failure in self._failed.items()})
         except MissingBlocks:
-            if not (self._failed and self._may_forgive):
+            if self._out_of_patience():
                 raise
-        self._may_forgive = False
-        self._failed.clear()
-        return choose_chain(nodes)
+            now = trio.current_time()
+            not_yet = {peer: failure.reason for peer, failure in self._failed.items() if failure.again_at > now}
+            return choose_chain(nodes, avoid=not_yet)
+        if self._out_of_patience():
+            last = next(reversed(self._failed.values())).reason
+            raise SessionFailed(
+                f"nodes failed one after another for {WAIT_S:g} s, the last one for: {last}; the swarm may be "
+                f"overloaded: try again later"
+            )
+        return chain
+
+    def _out_of_patience(self) -> bool:
+        """Whether nodes have failed for too long in this step. Its first failure starts the clock."""
+        if not self._failed:
+            return False
+        if self._gives_up_at is None:
+            self._gives_up_at = trio.current_time() + WAIT_S
+        return trio.current_time() >= self._gives_up_at
 
     async def _open_hops(self, chain: list[Hop], batch: int) -> None:
         self._legs = [Leg(self._host, hop, self._find_nodes) for hop in chain]
@@ -191,32 +228,33 @@ class Session:
 
     async def _give_up_on(self, error: errors.PeerFailed) -> None:
         if isinstance(error.peer_id, PeerId):
-            self._failed[error.peer_id] = error.reason
+            before = self._failed.pop(error.peer_id, None)
+            delay_s = 0.0 if before is None else min(max(AGAIN_S, 2 * before.delay_s), MAX_AGAIN_S)
+            self._failed[error.peer_id] = _Failure(
+                reason=error.reason, again_at=trio.current_time() + delay_s, delay_s=delay_s
+            )
         await self.aclose()
-
-    @property
-    def _last_reason(self) -> str:
-        return next(reversed(self._failed.values()), "unknown")
 
     # Steps
 
     async def _survive(self, piece: _Piece) -> torch.Tensor:
         """One piece through the chain; through another one when a node fails."""
-        for _ in range(MAX_REPLACEMENTS):
+        while True:
             try:
                 if not self._legs:
                     await self._open_chain(piece.hidden.shape[0])
-                return await self._attended(piece)
+                hidden = await self._attended(piece)
             except errors.PeerFailed as error:
                 logger.warning("replacing a node: %s", error)
                 await self._give_up_on(error)
+                continue
             except BaseException:  # refused or cancelled half-way: the hops may be at different positions
                 with trio.CancelScope(shield=True):
                     await self.aclose()
                 raise
-        raise SessionFailed(
-            f"{MAX_REPLACEMENTS} nodes failed during one step, the last one for: {self._last_reason}; try again later"
-        )
+            for hop in self.chain:
+                self._failed.pop(hop.node.peer_id, None)
+            return hidden
 
     async def _attended(self, piece: _Piece) -> torch.Tensor:
         """The same, while somebody watches over all nodes: those that are not at work may be lost meanwhile."""

@@ -223,9 +223,13 @@ class Home(OnLine):
         await self.forget()
 
     async def forget(self) -> None:
-        """What switching the router off and on does: all mappings and connections are forgotten."""
-        await self._load()
+        """What switching the router off and on does: all mappings and connections are forgotten.
+
+        Nothing passes meanwhile: the mapping of a connection that is about to be forgotten would be learnt again.
+        """
+        await nft(self.name, nat.ruleset(None))
         namespaces.forget_connections(self.name)
+        await self._load()
 
     async def renumber(self) -> None:
         """Another public address, as after a provider's nightly cut. The router forgets all connections."""

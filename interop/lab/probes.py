@@ -383,21 +383,33 @@ async def _changes(net: Internet) -> list[Finding]:
 async def _renumbered(home: Home, host: Host, observer: PublicHost) -> list[Finding]:
     """The old mappings are gone, and both families work from new addresses."""
     old6 = host.addresses.ipv6
-    async with udp(host, 8000) as inner, udp(observer, FIRST) as outside:
+    async with udp(host, 8000) as inner, udp(host, 8002) as busy, udp(observer, FIRST) as outside:
         await inner.send((observer.address, FIRST))
         before = await outside.hear(HEAR_S)
-        await home.renumber()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_flood, busy, (observer.address, FIRST + 1))
+            await home.renumber()
+            nursery.cancel_scope.cancel()
         if before is not None:
             await outside.send(before)
         stale = await inner.hear(HEAR_S)
         await inner.send((observer.address, FIRST))
         renumbered = await outside.hear(HEAR_S)
+        await busy.send((observer.address, FIRST))
+        seen_busy = await outside.hear(HEAR_S)
     async with udp(host, 8001, ipv6=True) as inner, udp(observer, FIRST, ipv6=True) as outside:
         await inner.send((str(observer.addresses.ipv6), FIRST))
         seen6 = await outside.hear(HEAR_S)
     return [
         finding("renumbered: old endpoint", None, stale),
         finding("renumbered: seen from", (home.address, 8000), renumbered),
+        finding("renumbered while it sends: seen from", (home.address, 8002), seen_busy),
         finding("renumbered: IPv6 seen from", (host.addresses.ipv6, 8001), seen6),
         finding("renumbered: all is new", True, before != renumbered and old6 != host.addresses.ipv6),
     ]
+
+
+async def _flood(sender: Udp, to: Endpoint) -> None:
+    """Send without pause, until cancelled."""
+    while True:
+        await sender.send(to)

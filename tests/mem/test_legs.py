@@ -12,7 +12,7 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from client.errors import ClientError
+from client.errors import ClientError, MissingBlocks, SessionFailed
 from client.session import Session
 from compute.node import DTYPE
 from net.addresses import parse
@@ -41,6 +41,7 @@ class FakeNode:
         calls: what it was asked for, and when.
         held: sessions that wait for somebody, or that somebody has.
         step_s, resume_s: how long these take.
+        refuses: what it says instead to every step.
         puts_off: what it says instead to who wants to resume.
         moving: set when somebody has asked for that.
     """
@@ -54,6 +55,7 @@ class FakeNode:
     freed: int = 0
     step_s: float = 0.0
     resume_s: float = 0.0
+    refuses: RpcError | None = None
     puts_off: RpcError | None = None
     moving: trio.Event = field(default_factory=trio.Event)
 
@@ -111,6 +113,8 @@ class FakeNode:
         async def step(message: Message) -> Message:
             self._note("step")
             await trio.sleep(self.step_s)
+            if self.refuses is not None:
+                raise self.refuses
             return Message(header={}, tensors=message.tensors)
 
         methods = {"open": open_one, "resume": resume, "step": step}
@@ -264,8 +268,51 @@ async def test_a_node_that_nobody_can_replace_is_waited_for_and_then_missed(auto
         began = trio.current_time()
         with pytest.raises(ClientError):
             await session.step(HIDDEN)
-        assert 12 <= trio.current_time() - began <= 12 + 4 * 8.5  # and then four tries to open it anew
+        assert 12 + 20 <= trio.current_time() - began <= 12 + 20 + 8.5  # and then tries to open it anew
         assert session.position == HIDDEN.shape[1]
+
+
+async def test_a_node_that_starts_anew_after_a_while_is_given_the_session_again(autojump_clock: MockClock) -> None:
+    """It was missed for longer than it would have kept the session, and nobody could take its place."""
+    async with world_of(*HALVES) as (world, session):
+        lost = world.nodes[1]
+        world.nursery.start_soon(world.move, lost, 25.0)
+        await trio.sleep(24)
+        lost.held.clear()
+        assert await timed(session) <= 12 + 8.5
+        assert lost.count("open") == 2
+        assert lost.count("step") == 3  # the history once more, and this step
+
+
+async def test_a_node_that_keeps_failing_is_asked_less_and_less_often(autojump_clock: MockClock) -> None:
+    async with world_of(*HALVES) as (world, session):
+        bad = world.nodes[1]
+        bad.refuses = RpcError("internal", "a bug")
+        await trio.sleep(1)
+        began = trio.current_time()
+        with pytest.raises(MissingBlocks, match=r"blocks 2:4 .*a bug") as caught:
+            await session.step(HIDDEN)
+        assert caught.value.missing == [(2, 4)]
+        assert trio.current_time() - began == pytest.approx(20, abs=1)
+        asked = [at - began for method, at in bad.calls if method == "open" and at >= began]
+        assert asked == pytest.approx([0, 0.5, 1.5, 3.5, 7.5, 11.5, 15.5, 19.5], abs=0.3)
+        bad.refuses = None
+        assert await timed(session) <= 4  # it is still to be left alone
+        asked_at = trio.current_time()
+        bad.refuses = RpcError("internal", "again")
+        world.nursery.start_soon(_after, 0.2, lambda: setattr(bad, "refuses", None))
+        assert await timed(session) <= 1  # a step that it did makes up for what was before
+        assert trio.current_time() - asked_at <= 1
+
+
+async def test_many_nodes_that_fail_are_not_all_tried(autojump_clock: MockClock) -> None:
+    async with world_of(*[(0, 4)] * 12) as (world, session):
+        for node in world.nodes:
+            node.refuses = RpcError("internal", "a bug")
+            node.step_s = 3.0
+        with pytest.raises(SessionFailed, match=r"nodes failed one after another for 20 s.*a bug"):
+            await session.step(HIDDEN)
+        assert sum(node.count("open") for node in world.nodes) == 1 + 7
 
 
 async def test_a_step_that_is_cancelled_during_a_move_leaves_the_session_with_one_stream(
