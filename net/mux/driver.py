@@ -304,6 +304,7 @@ class YamuxConnection(Muxer):
                     await trio.sleep_forever()
                 if not self._core.tick(trio.current_time()):
                     self._fail(errors.ConnectionLost("the peer has stopped answering"))
+                    self._channel.abandon()
                     cancel_scope.cancel()
                     return
                 for stream_id, until in list(self._closed_here.items()):

@@ -194,9 +194,19 @@ class Reachability:
 
     @property
     def sights(self) -> list[Endpoint]:
-        """Where others see us now, what most of them see first: also what too few see to be announced."""
-        seen = (where for connection, (_, _, where) in self._sights.items() if not connection.mux.is_closed)
-        return [where for where, _ in Counter(seen).most_common()]
+        """Where others see us now, what most of them see first: also what too few see to be announced.
+
+        Of a port that we do not listen on, nothing is told where we listen: nobody can be met there.
+        """
+        found = [endpoint for address in self._host.listening if (endpoint := endpoints.read(address)) is not None]
+        listening = {(each.ip.version, each.transport, each.port) for each in found}
+        kinds = {(version, transport) for version, transport, _ in listening}
+        seen: Counter[Endpoint] = Counter()
+        for connection, (_, local, where) in self._sights.items():
+            kind = (local.ip.version, local.transport)
+            if not connection.mux.is_closed and (kind not in kinds or (*kind, local.port) in listening):
+                seen[where] += 1
+        return [where for where, _ in seen.most_common()]
 
     async def wait_for_change(self) -> Kind:
         """The kind that comes next, or other evidence for the same."""

@@ -65,6 +65,11 @@ class SecureChannel(trio.abc.Stream):
         if isinstance(self._stream, RawStream):
             self._stream.limit_unsent(unsent_bytes)
 
+    def abandon(self) -> None:
+        """See :meth:`net.transports.base.RawStream.abandon`."""
+        if isinstance(self._stream, RawStream):
+            self._stream.abandon()
+
     @property
     def has_unsent(self) -> bool:
         """Whether ``flush`` has something to wait for."""

@@ -59,6 +59,13 @@ class RawStream(trio.abc.Stream):
         None takes the limit away. Where a transport cannot tell what waits, this does nothing.
         """
 
+    def abandon(self) -> None:
+        """The other side is gone: ``aclose`` is not to wait for its acknowledgements, and forgets the connection.
+
+        Its end on this machine is then free for another connection to the same place. Where a transport keeps nothing
+        after ``aclose`` anyway, this does nothing.
+        """
+
     @abstractmethod
     async def receive_into(self, buffer: bytearray | memoryview) -> int:
         """As ``receive_some``, into ``buffer``: how many bytes came; 0 at the end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 import sys
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -16,6 +17,9 @@ T = TypeVar("T")
 DEFAULT_RECEIVE_BYTES = 64 * 1024
 DRAINED_RECEIVES = 64
 NO_LIMIT = 2**31 - 1
+# Linger for no time. What was not acknowledged would else be sent again and again, for minutes, and as long no dial
+# from our port to the same place would be possible.
+ABORT = struct.pack("ii", 1, 0)
 
 
 class SocketStream(RawStream):
@@ -31,6 +35,10 @@ class SocketStream(RawStream):
         if sys.platform != "win32" and self._socket.fileno() != -1:
             limit = NO_LIMIT if size is None else size
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, limit)
+
+    def abandon(self) -> None:
+        if self._socket.fileno() != -1:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT)
 
     def try_send(self, data: bytes | bytearray | memoryview) -> int:
         try:

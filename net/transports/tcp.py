@@ -82,7 +82,7 @@ class TcpTransport:
     def _dialling_from(self, listeners: Sequence[trio.SocketListener]) -> Iterator[None]:
         """Let dials go out from where these listen, unless that is this machine alone."""
         found = {listener.socket.family: listener.socket.getsockname()[:2] for listener in listeners}
-        ours = {family: at for family, at in found.items() if not ipaddress.ip_address(at[0]).is_loopback}
+        ours = {family: at for family, at in found.items() if not _is_this_machine(at[0])}
         self._listening |= ours
         try:
             yield
@@ -98,16 +98,13 @@ class TcpTransport:
         except OSError:
             return None  # dialled without, it tells what is wrong
         family, _, _, _, where = found[0]
-        if ipaddress.ip_address(where[0]).is_loopback:
+        if _is_this_machine(str(where[0])):
             return None
-        anywhere = ("::" if family is socket.AF_INET6 else "0.0.0.0", 0)
-        local = self._listening.get(family) or self._dialled_from.get(family, anywhere)
-        ours = trio.socket.socket(family, socket.SOCK_STREAM)
+        ours = socket.socket(family, socket.SOCK_STREAM)
         try:
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            _share_port(ours)
-            await ours.bind(local)
-            await ours.connect(where)
+            self._bind(ours)
+            made = trio.socket.from_stdlib_socket(ours)
+            await made.connect(where)
         except BaseException as error:
             ours.close()
             if isinstance(error, OSError) and (error.errno in PORT_TAKEN or len(found) > 1):
@@ -117,11 +114,26 @@ class TcpTransport:
             if isinstance(error, OSError):
                 raise DialError(f"{address}: {_reason(error)}") from error
             raise
-        self._dialled_from[family] = (anywhere[0], ours.getsockname()[1])
-        return trio.SocketStream(ours)
+        return trio.SocketStream(made)
+
+    def _bind(self, ours: socket.socket) -> None:
+        """To where we listen, or else to where all dials go out from: the first one takes any free port.
+
+        Without a checkpoint: dials that begin at the same time are to have the same port.
+        """
+        family = ours.family
+        anywhere = "::" if family is socket.AF_INET6 else "0.0.0.0"
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _share_port(ours)
+        ours.bind(self._listening.get(family) or self._dialled_from.get(family, (anywhere, 0)))
+        self._dialled_from[family] = (anywhere, ours.getsockname()[1])
 
 
-def _share_port(own: trio.socket.SocketType) -> None:
+def _is_this_machine(ip: str) -> bool:
+    return ipaddress.ip_address(ip).is_loopback
+
+
+def _share_port(own: trio.socket.SocketType | socket.socket) -> None:
     """Let other sockets of ours use its port. Set after binding, it lets nobody else take the port unnoticed."""
     if sys.platform != "win32":
         own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

@@ -60,6 +60,7 @@ class Machine:
         self._internet = internet
         self._ports = itertools.count(50_000)
         self._listening: int | None = None
+        self.shares_port = True  # dials go out from where it listens
         self.ip = ip
         self.behind = behind
 
@@ -70,7 +71,7 @@ class Machine:
         await trio.lowlevel.checkpoint()
         where = addresses.host_port(address)
         assert where is not None
-        inner = self.ip, self._listening or next(self._ports)
+        inner = self.ip, (self._listening if self.shares_port else None) or next(self._ports)
         found = self._find(where)
         if found is None:
             await trio.sleep(1)

@@ -13,6 +13,7 @@ from trio.testing import MockClock
 
 from net.addresses import Multiaddr, tcp
 from net.host import Host, open_host
+from net.nat import endpoints
 from net.nat.dialback import DialBackSettings
 from net.nat.gateway import Gateway, GatewayError, Lease, Port
 from net.nat.mapping import FindGateway, MappingSettings, MappingState, PortMapper
@@ -227,6 +228,33 @@ async def test_behind_a_nat_that_keeps_its_ports_it_can_be_met(autojump_clock: M
         assert (str(outer.ip), outer.transport) == ("45.1.0.1", "tcp")
         assert node.wants == [0, 2]
         assert node.host.addresses == [tcp(INNER, 4001)]
+
+
+async def test_where_a_port_is_seen_that_nobody_listens_on_is_no_sight_to_tell(autojump_clock: MockClock) -> None:
+    """As when the listening port's own way to a relay was still taken by a connection that broke."""
+    internet = Internet()
+    machine = internet.machine(INNER, internet.router("45.1.0.1"))
+    machine.shares_port = False
+    async with among_peers(machine, internet, peers=2) as node:
+        assert node.reachability.sights == []
+        machine.shares_port = True
+        async with node_at(internet, internet.machine(PEERS[2]), 12) as peer:
+            await node.host.connect(peer.host.peer_id, peer.host.addresses)
+            await trio.sleep(2)
+            (outer,) = node.reachability.sights
+            assert outer == endpoints.read(tcp("45.1.0.1", 30_002))
+
+
+async def test_who_does_not_listen_is_met_where_it_dials_from(autojump_clock: MockClock) -> None:
+    internet = Internet()
+    machine = internet.machine(INNER, internet.router("45.1.0.1"))
+    async with (
+        node_at(internet, internet.machine(PEERS[0]), 10) as peer,
+        node_at(internet, machine, 1, listens=False) as client,
+    ):
+        await client.host.connect(peer.host.peer_id, peer.host.addresses)
+        await trio.sleep(2)
+        assert client.reachability.sights == [endpoints.read(tcp("45.1.0.1", 30_000))]
 
 
 @pytest.mark.parametrize("peers", [1, 3])

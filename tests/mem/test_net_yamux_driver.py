@@ -209,6 +209,41 @@ async def test_a_silent_peer_is_found_out_within_ten_seconds(autojump_clock: Moc
     assert client.is_closed
 
 
+class Noted(PlainChannel):
+    """Notes how it ends."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        super().__init__(stream, seeded(1).peer_id)
+        self.events: list[str] = []
+
+    def abandon(self) -> None:
+        self.events.append("abandon")
+
+    async def aclose(self) -> None:
+        self.events.append("close")
+        await super().aclose()
+
+
+async def test_the_connection_to_a_silent_peer_is_abandoned(autojump_clock: MockClock) -> None:
+    near, _far = memory_stream_pair()
+    channel = Noted(near)
+    client = YamuxConnection(channel, client=True)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(client.run, refuse)
+    assert channel.events[:2] == ["abandon", "close"]
+
+
+async def test_a_connection_that_is_closed_says_goodbye(autojump_clock: MockClock) -> None:
+    near, far = memory_stream_pair()
+    channel = Noted(near)
+    client = YamuxConnection(channel, client=True)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(client.run, refuse)
+        client.close()
+    assert set(channel.events) == {"close"}
+    assert await far.receive_some()  # its last words
+
+
 @asynccontextmanager
 async def cuttable_pair(bytes_per_s: float = math.inf) -> AsyncIterator[tuple[YamuxConnection, Line]]:
     """A connection to a peer that echoes, over a line that can be cut, and is as slow as that."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 
 import ifaddr
 import pytest
@@ -17,6 +17,7 @@ from net.transports.quic import QuicTransport
 from net.transports.socket_stream import SocketStream
 from net.transports.tcp import TcpTransport
 from net.transports.websocket import WebSocketTransport
+from tests.net_helpers import PlainChannel, seeded
 from tests.transport_conformance import Rig, TransportConformance
 
 TCP = Multiaddr("/ip4/127.0.0.1/tcp/0")
@@ -127,6 +128,67 @@ async def _socket_pair() -> tuple[SocketStream, SocketStream]:
     async with listener:
         dialled = await trio.open_tcp_stream("127.0.0.1", listener.socket.getsockname()[1])
         return SocketStream(dialled), SocketStream(await listener.accept())
+
+
+async def _dial_from(port: int, to: int) -> SocketStream:
+    made = trio.socket.socket()
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        await made.bind(("127.0.0.1", port))
+        await made.connect(("127.0.0.1", to))
+    except BaseException:
+        made.close()
+        raise
+    return SocketStream(trio.SocketStream(made))
+
+
+async def test_an_abandoned_connection_leaves_its_port_to_the_next_one() -> None:
+    """The others are gone: they acknowledge no end. Here, they never take the connection that waits for them."""
+    with free_port() as ours, silent_port() as to:
+        first = await _dial_from(ours, to)
+        await first.aclose()
+        with pytest.raises(OSError, match=r"ssign requested address|in use"):
+            await _dial_from(ours, to)
+    with free_port() as ours, silent_port() as to:
+        second = await _dial_from(ours, to)
+        PlainChannel(second, seeded(1).peer_id).abandon()
+        await second.aclose()
+        third = await _dial_from(ours, to)
+        await third.aclose()
+        third.abandon()  # which a closed one takes calmly
+
+
+@contextmanager
+def silent_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        yield silent.getsockname()[1]
+
+
+@contextmanager
+def free_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as spare:
+        port = spare.getsockname()[1]
+    yield port
+
+
+async def test_dials_at_once_go_out_from_one_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("net.transports.tcp._is_this_machine", lambda ip: False)
+    transport = TcpTransport()
+    local: list[Multiaddr | None] = []
+
+    async def dial(to: int) -> None:
+        connection = await transport.dial(Multiaddr(f"/ip4/127.0.0.1/tcp/{to}"))
+        assert isinstance(connection, RawConnection)
+        local.append(connection.local)
+        await connection.stream.aclose()
+
+    with ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        async with trio.open_nursery() as nursery:
+            for server in servers:
+                nursery.start_soon(dial, server.getsockname()[1])
+    assert len(local) == 3
+    assert len(set(local)) == 1
 
 
 async def test_a_socket_takes_no_more_than_it_is_told_to_hold_unsent() -> None:
