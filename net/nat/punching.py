@@ -10,11 +10,15 @@ Whoever has public addresses of its own, behind a firewall alone, tells these as
 anybody has seen them. Two that are seen at one IP may be neighbours, whose router perhaps does not lead them back in:
 who answers tells its private addresses, too, and these are dialled as they are.
 
+Three tries follow one after another; a relayed connection that stays gets another one now and then, for routers are
+switched on again and machines that were busy have time.
+
 Source: https://github.com/libp2p/specs/blob/master/relay/DCUtR.md
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
@@ -37,7 +41,8 @@ logger = logging.getLogger(__name__)
 PROTOCOL_ID = "/libp2p/dcutr"
 MAX_MESSAGE_BYTES = 4096  # the specification's
 MAX_ADDRESSES = 8  # of a peer's that are dialled at once; ours
-TRIES = 3  # go-libp2p's
+TRIES = 3  # go-libp2p's; one after another
+AGAIN_S, MAX_AGAIN_S = 30.0, 600.0  # before another try; twice as long before each further one, up to that
 MESSAGE_S = 10.0  # for the peer's next message
 MAX_ROUND_TRIP_S = 4.0  # a peer that claims more is not waited for
 PUNCH_S = 5.0  # one try's dials
@@ -104,24 +109,26 @@ class HolePuncher:
     # The side that the relayed connection came in to
 
     async def _start(self, connection: Connection) -> None:
-        for number in range(1, TRIES + 1):
+        for number in itertools.count(1):
             await self._doubt(connection.peer_id)
             if self._is_direct(connection.peer_id) or connection.mux.is_closed:
                 return
             self.tries += 1
             try:
-                await self._try(connection, is_last=number == TRIES)
+                await self._try(connection, is_last=number >= TRIES)
             except errors.ProtocolNotSupported:
                 return
             except _Unlike:
-                await trio.sleep(UNLIKE_S)
+                pause_s = UNLIKE_S
             except (errors.NetError, trio.TooSlowError) as error:
                 logger.debug("hole punching with %s, try %d: %s", connection.peer_id, number, error)
-                await trio.sleep(PAUSE_S)
+                pause_s = PAUSE_S if number < TRIES else min(AGAIN_S * 2 ** min(number - TRIES, 8), MAX_AGAIN_S)
             else:
                 self.successes += 1
                 logger.info("%s is reached directly now, at try %d", connection.peer_id, number)
                 return
+            with trio.move_on_after(pause_s):
+                await connection.ended.wait()
 
     async def _try(self, connection: Connection, *, is_last: bool) -> None:
         stream = await self._host.open_stream_over(connection, [PROTOCOL_ID])

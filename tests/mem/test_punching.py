@@ -129,6 +129,10 @@ async def world(*, closed: bool = False, near_punches: bool = True) -> AsyncIter
         nursery.cancel_scope.cancel()
 
 
+async def hold(connection: Connection, stream: Stream) -> None:
+    await trio.sleep_forever()
+
+
 def direct(host: Host, peer: Host) -> Connection:
     connection = host.swarm.connection(peer.peer_id)
     assert connection is not None and not connection.relayed
@@ -167,17 +171,31 @@ async def test_a_stream_over_the_relay_goes_on_while_new_ones_go_directly(autoju
         assert b"".join(received) == bytes(range(100))
 
 
-async def test_nats_that_let_nothing_through_are_given_up_after_three_tries(autojump_clock: MockClock) -> None:
+async def test_nats_that_let_nothing_through_are_tried_less_and_less_often(autojump_clock: MockClock) -> None:
     async with world(closed=True) as w:
+        w.far.handle("/held/1", hold)
         connection = await w.near.connect(w.far.peer_id, [w.at])
         await trio.sleep(TRIES * (PUNCH_S + PAUSE_S) + 10)
         assert w.far_puncher.tries == TRIES
         assert w.far_puncher.successes == 0
         assert w.near.swarm.connection(w.far.peer_id) is connection
         assert connection.relayed
-        knocks = w.nats.knocks
-        await trio.sleep(600)
-        assert w.nats.knocks == knocks
+        async with w.near.stream(w.far.peer_id, ["/held/1"]):  # a connection that nobody uses is let go
+            await trio.sleep(600)
+            assert w.far_puncher.tries == TRIES + 4  # after 30, 60, 120 and 240 s
+            w.nats.closed = False
+            await trio.sleep(600)
+            assert direct(w.near, w.far)
+            assert (w.far_puncher.tries, w.far_puncher.successes) == (TRIES + 5, 1)
+
+
+async def test_a_relayed_connection_that_has_ended_is_not_made_direct(autojump_clock: MockClock) -> None:
+    async with world(closed=True) as w:
+        connection = await w.near.connect(w.far.peer_id, [w.at])
+        await trio.sleep(TRIES * (PUNCH_S + PAUSE_S) + 10)
+        connection.mux.close()
+        await trio.sleep(1000)
+        assert w.far_puncher.tries == TRIES
 
 
 async def test_who_does_not_know_the_protocol_is_left_alone(autojump_clock: MockClock) -> None:
