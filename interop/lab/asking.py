@@ -1,4 +1,4 @@
-"""A process that answers every line of JSON with one line of JSON: the core, and our nodes."""
+"""Processes that speak JSON: one that answers every line with one, as the core and our nodes do, and our commands."""
 
 from __future__ import annotations
 
@@ -43,3 +43,19 @@ class Asked:
         if "error" in answer:
             raise LabError(f"{self._what}: {answer['error']}")
         return answer
+
+
+async def first_line(process: trio.Process) -> dict[str, Any]:
+    """What a command with ``--json`` says once it is up.
+
+    Raises:
+        LabError: it ended before that.
+    """
+    heard = b""
+    while b"\n" not in heard:
+        data = b"" if process.stdout is None else await process.stdout.receive_some()
+        if not data:
+            raise LabError(f"{process.args!r:.200} has ended without a word")
+        heard += data
+    found: dict[str, Any] = json.loads(heard.split(b"\n")[0])
+    return found

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from collections.abc import AsyncGenerator
-from typing import Any
 
 import trio
 
+from interop.lab.asking import first_line
 from interop.lab.network import Host, PublicHost, internet
 from interop.lab.nodes import address, node
 from interop.lab.probes import Finding, finding
@@ -56,20 +55,8 @@ async def _commands(inner: Host, outer: PublicHost) -> float | None:
     listen = address(outer.address, PORT)
     with trio.move_on_after(COMMAND_S):
         async with outer.process(["raceme", "relay", "--json", "--listen", listen, "--until-eof"]) as relay:
-            told = await _line(relay)
+            told = await first_line(relay)
             command = ["raceme", "ping", "--json", "--count", "3", told["address"]]
             async with inner.process(command, stderr=subprocess.DEVNULL) as ping:
-                return float((await _line(ping))["median_ms"])
+                return float((await first_line(ping))["median_ms"])
     return None
-
-
-async def _line(process: trio.Process) -> dict[str, Any]:
-    """The one line that it prints."""
-    heard = b""
-    if process.stdout is not None:
-        async for data in process.stdout:
-            heard += data
-            if b"\n" in heard:
-                break
-    found: dict[str, Any] = json.loads(heard)
-    return found

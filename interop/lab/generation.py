@@ -6,7 +6,6 @@ The commands are those that people use. The pause is the longest between two tok
 
 from __future__ import annotations
 
-import json
 import subprocess
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -15,6 +14,7 @@ from typing import Any
 
 import trio
 
+from interop.lab.asking import first_line
 from interop.lab.network import Home, Host, PublicHost, internet
 from interop.lab.nodes import address
 from interop.lab.probes import Finding, finding
@@ -126,7 +126,7 @@ async def _alone(machine: Host) -> list[str]:
     async with (
         machine.process(["raceme", "relay", "--json", "--listen", listen, "--until-eof"]) as relay,
     ):
-        where = (await _line(relay))["address"]
+        where = (await _up(relay))["address"]
         command = [
             "raceme",
             "serve",
@@ -139,7 +139,7 @@ async def _alone(machine: Host) -> list[str]:
             listen[:-4] + "0",
         ]
         async with machine.process([*command, "--json", "--until-eof"], stderr=subprocess.DEVNULL) as node:
-            await _line(node)
+            await _up(node)
             found = []
             for tokens in (TOKENS, LONG_TOKENS):
                 printed = Printed()
@@ -153,7 +153,7 @@ async def _relay(machine: PublicHost, known: Sequence[str]) -> AsyncIterator[tup
     bootstrap = [part for each in known for part in ("--bootstrap", each)]
     command = ["raceme", "relay", "--json", "--listen", address(machine.address, PORT), "--until-eof", *bootstrap]
     async with machine.process(command, stderr=subprocess.DEVNULL) as process:
-        yield (await _line(process))["address"], process
+        yield (await _up(process))["address"], process
 
 
 @asynccontextmanager
@@ -171,7 +171,7 @@ async def _node(machine: Host, span: str, known: Sequence[str]) -> AsyncIterator
         *bootstrap,
     ]
     async with machine.process(command, stderr=subprocess.DEVNULL) as process:
-        await _line(process)
+        await _up(process)
         yield
 
 
@@ -188,12 +188,6 @@ async def _generate(machine: Host, known: Sequence[str], printed: Printed, token
             printed.status = await process.wait()
 
 
-async def _line(process: trio.Process) -> dict[str, Any]:
-    """The first line that it prints."""
-    heard = b""
+async def _up(process: trio.Process) -> dict[str, Any]:
     with trio.fail_after(START_S):
-        if process.stdout is not None:
-            while b"\n" not in heard and (data := await process.stdout.receive_some()):
-                heard += data
-    found: dict[str, Any] = json.loads(heard.split(b"\n")[0])
-    return found
+        return await first_line(process)
