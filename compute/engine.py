@@ -1,42 +1,54 @@
-"""The one place that runs the model.
+"""The one place that runs the model, for many sessions at once.
 
-torch blocks its thread for as long as a step takes, so a single thread of its own touches the model, its
-caches and nothing else; the event loop hands it jobs and is woken with their results. Jobs run one at a
-time, in the order in which they came::
+torch blocks its thread for as long as a batch takes, so a single thread of its own touches the model, its caches and
+nothing else. The event loop decides what it does: who runs next (``compute/scheduler.py``), who holds the cache
+(``compute/slots.py``), and hands it one plan at a time (``compute/batch.py``)::
 
-    event loop                            engine thread
-    step() -- checks shapes -- queue -->  skip if nobody waits any more
-                                          check values, grow cache, run span, check values
-    step() returns  <-- run_sync_soon --  result or error
+    event loop                                            engine thread
+    step() -- checks shapes -- scheduler.submit
+    dispatch: next_batch, slots.reserve -- plan -->       memory, finite in, run the span, finite out
+    step() returns <-- scheduler.done, slots.commit --    outcome of each piece
 
-A step that is cancelled while it waits is skipped; one that runs is stopped at the next chunk, and its
-session is then as if it had gone back to the step's position.
+A plan is made when the thread is free and somebody waits: after all tasks that are ready now have had their turn, and
+never later. Decode steps of up to 32 tokens, rows counted apart, run together; a longer step runs in chunks of a fixed
+size, so that its bits do not depend on what else there is to do; forward and backward run in the gaps.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Generic, TypeVar
+from typing import Final, TypeVar
 
 import torch
 import trio
 from torch import Tensor
 
+from compute.batch import OutOfMemory, Piece, Plan, Runner, Work
 from compute.bloom.block import BloomSpan
-from compute.cache import CacheBudget, KVCache
+from compute.cache import KVCache, free_cache_tokens
 from compute.errors import BadInput, BadOutput, EngineBusy, EngineError, EngineStopped
+from compute.estimates import Kind
+from compute.memory import free_bytes
+from compute.scheduler import Batch, Job, Scheduler, SchedulerSettings, Slice, State, Ticket
+from compute.slots import Change, NoRoom, Slots, SlotSettings
+from compute.tensors import tensor_bytes
+from net.nurseries import open_service_nursery
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _FLOATS: Final = (torch.float32, torch.float16, torch.bfloat16)
 _MEASURE_WARMUP_STEPS: Final = 2  # the first steps also pay for memory and for the kernels' own set-up
+_LEAST_SLOT_TOKENS: Final = 64  # below, growing costs more than it saves
+_EXPIRE_S: Final = 5.0  # between looks for sessions that nobody uses
+FREE_MEMORY_PART: Final = 0.5  # of what is free once the model is loaded, for the cache; the rest is for its work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,33 +56,71 @@ class EngineSettings:
     """Bounds of an engine.
 
     Attributes:
-        cache_tokens: Token slots for all sessions together.
+        cache_tokens: Token slots for all sessions together; ``None`` for half of the free memory.
         max_batch: Most rows of a session.
         max_length_tokens: Most tokens a row of a session may ask for; BLOOM was trained on 2,048.
         max_sessions: Most open sessions; each costs a little even while it holds no cache.
+        max_sessions_per_peer: Of one peer. A program that generates several texts at once has one for each; what
+            they may hold is bounded by the share of the cache.
         max_waiting: Most steps that wait or run; one more fails at once, so that its client goes elsewhere.
-        chunk_tokens: A longer step runs in pieces of this many tokens. This bounds the memory for scores,
-            and the time until a cancelled step stops; measured, it costs nothing.
+        max_waiting_per_peer: Of one peer.
+        chunk_tokens: A longer step runs in pieces of this many tokens, all rows together. This bounds the memory for
+            scores, and the time until a cancelled step stops; measured, it costs nothing.
+        cache_share: Of the cache, for one peer while others want in.
+        lease_s: After so long without use a session may be ended for anybody's sake.
+        keep_s: After so long it is ended.
+        share_prefixes: Whether sessions of one peer that begin alike compute and hold the first chunks once.
         threads: Threads that torch may use within a step, or ``None`` for torch's own choice.
     """
 
-    cache_tokens: int = 16_384
+    cache_tokens: int | None = 16_384
     max_batch: int = 32
     max_length_tokens: int = 2048
     max_sessions: int = 256
-    max_waiting: int = 64
+    max_sessions_per_peer: int = 16
+    max_waiting: int = 256
+    max_waiting_per_peer: int = 32
     chunk_tokens: int = 256
+    cache_share: float = 0.25
+    lease_s: float = 60.0
+    keep_s: float = 600.0
+    share_prefixes: bool = True
     threads: int | None = None
 
     def __post_init__(self) -> None:
         """Check the bounds.
 
         Raises:
-            ValueError: One is less than 1.
+            ValueError: One is less than 1, or the scheduler or the cache cannot work with them.
         """
         for name, value in vars(self).items():
-            if value is not None and value < 1:
+            if value is not None and type(value) is int and value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
+        self.slots(self.cache_tokens or 1)
+        self.scheduler()
+
+    def slots(self, cache_tokens: int) -> SlotSettings:
+        """Those of the cache."""
+        lengths: list[int] = []
+        while not lengths or lengths[-1] < self.max_length_tokens:
+            lengths.append(min(self.max_length_tokens, 2 * lengths[-1] if lengths else _LEAST_SLOT_TOKENS))
+        return SlotSettings(
+            cache_tokens=cache_tokens,
+            lengths=tuple(lengths),
+            max_sessions=self.max_sessions,
+            max_sessions_per_peer=self.max_sessions_per_peer,
+            share=self.cache_share,
+            lease_s=self.lease_s,
+            keep_s=self.keep_s,
+        )
+
+    def scheduler(self) -> SchedulerSettings:
+        """Those of the scheduler; chunks have one size, because kernels' bits may depend on it."""
+        return SchedulerSettings(
+            chunk_tokens=(self.chunk_tokens,),
+            max_waiting=self.max_waiting,
+            max_waiting_per_peer=self.max_waiting_per_peer,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +130,8 @@ class EngineStats:
     Attributes:
         steps: Steps that succeeded.
         tokens: Tokens in them, rows counted apart.
-        busy_s: Seconds spent on jobs.
-        waiting: Steps that wait or run now.
+        busy_s: Seconds spent on batches.
+        waiting: Steps, and other jobs, that wait or run now.
         sessions: Sessions open now.
         cache_used_tokens: Cache slots taken now.
         cache_max_tokens: Cache slots in all.
@@ -96,59 +146,91 @@ class EngineStats:
     cache_max_tokens: int
 
 
-class _Abandoned(Exception):
-    """Nobody waits for the running job any more."""
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, kw_only=True)
 class _Session:
-    """The blocks that a session runs, and its cache in them."""
+    """An open session.
 
+    Attributes:
+        waiting: Steps that wait or run.
+        closing: It takes no new steps, and ends after those.
+        closed: Set when it has ended.
+    """
+
+    key: int
+    peer: Hashable
     span: BloomSpan
-    cache: KVCache
+    rows: int
+    max_length: int
+    waiting: int = 0
+    closing: bool = False
+    closed: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Only steps of the same ones share a batch."""
+        return self.span.start, self.span.end
+
+
+@dataclass(eq=False, kw_only=True)
+class _Request:
+    """A job and who waits for it.
+
+    Attributes:
+        reserved: Its session is within this step.
+        prefixes: Digests of the step's first tokens, to be offered to others.
+        done: Set when it is over; ``error`` is ``None`` if ``work`` has the result.
+    """
+
+    work: Work
+    session: _Session | None = None
+    reserved: bool = False
+    prefixes: Sequence[tuple[int, bytes]] = ()
+    done: trio.Event = field(default_factory=trio.Event)
+    error: BaseException | None = None
 
 
 @dataclass(eq=False)
-class _Job(Generic[T]):
-    """Something for the engine's thread to do.
+class _Call:
+    """A function for the thread, and who waits for it. ``abandoned`` is read in the thread."""
 
-    Attributes:
-        work: Runs in the thread.
-        optional: Need not run once nobody waits; counts among the waiting.
-        done: Set when it has ended, with ``result`` or ``error``.
-        abandoned: Nobody waits. Set in the event loop, read in the thread.
-        result: Holds what ``work`` returned.
-        error: What it raised instead.
-    """
-
-    work: Callable[[], T]
-    optional: bool
     done: trio.Event = field(default_factory=trio.Event)
     abandoned: bool = False
-    result: list[T] = field(default_factory=list)
     error: BaseException | None = None
 
 
 class Engine:
     """Runs a span for many sessions. Start it with ``nursery.start(engine.run)``.
 
-    Methods belong to the event loop that runs :meth:`run`. Errors are :class:`EngineError`; after any of
-    them the session is still open, and as if it had gone back to the step's position or not moved at all.
+    Methods belong to the event loop that runs :meth:`run`. Errors are :class:`EngineError`. After NaN or infinity, in
+    or out, and when there is no memory even for a step alone, its session is over, and no other is touched. After any
+    other error it is open, and has what it had, or what lay before the step's position.
     """
 
     def __init__(self, span: BloomSpan, settings: EngineSettings | None = None) -> None:
         """Take a loaded span; from the start of :meth:`run` nobody else may run it."""
         self.span = span
         self.settings = settings or EngineSettings()
-        self._budget = CacheBudget(self.settings.cache_tokens)
+        cache_tokens = self.settings.cache_tokens or free_cache_tokens(
+            span, functools.partial(free_bytes, span.device), FREE_MEMORY_PART
+        )
+        self._slots = Slots(self.settings.slots(cache_tokens))
+        self._scheduler = Scheduler(self.settings.scheduler())
+        self._parts = {(span.start, span.end): span}
         self._sessions: dict[int, _Session] = {}
-        self._ids = itertools.count(1)
-        self._jobs: queue.SimpleQueue[_Job[object] | None] = queue.SimpleQueue()
-        self._waiting = 0
+        self._closing: dict[int, _Session] = {}
+        self._requests: dict[Ticket, _Request] = {}
+        self._calls: set[_Call] = set()
+        self._keys = itertools.count(1)
         self._state = "new"  # new -> running -> stopping -> stopped
+        # To the thread and back
+        self._changes: list[tuple[Change, Work | None]] = []
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._is_running_plan = False
+        self._bug: BaseException | None = None
+        self._wake = trio.Event()
+        self._runner = Runner()
         self._token: trio.lowlevel.TrioToken | None = None
         self._thread_ended = trio.Event()
-        self._pending: set[_Job[object]] = set()
         self._steps = 0
         self._tokens = 0
         self._busy_s = 0.0
@@ -160,17 +242,17 @@ class Engine:
             steps=self._steps,
             tokens=self._tokens,
             busy_s=self._busy_s,
-            waiting=self._waiting,
+            waiting=len(self._requests) + len(self._calls),
             sessions=len(self._sessions),
-            cache_used_tokens=self._budget.used_tokens,
-            cache_max_tokens=self._budget.max_tokens,
+            cache_used_tokens=self._slots.used_tokens,
+            cache_max_tokens=self._slots.settings.cache_tokens,
         )
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own the engine's thread until cancelled. An engine runs once.
 
         Cancellation:
-            Waiting steps fail with :class:`EngineStopped`. The chunk that runs is waited for, because
+            Waiting steps fail with :class:`EngineStopped`. The batch that runs is waited for, because
             torch cannot be interrupted; then the thread ends and the caches are freed.
 
         Raises:
@@ -182,26 +264,26 @@ class Engine:
         self._token = trio.lowlevel.current_trio_token()
         threading.Thread(target=self._thread, name="raceme-engine", daemon=True).start()
         try:
-            task_status.started()
-            await trio.sleep_forever()
+            async with open_service_nursery() as nursery:
+                nursery.start_soon(self._expire)
+                task_status.started()
+                await self._dispatch()
         finally:
             self._state = "stopping"
             self._jobs.put(None)
             with trio.CancelScope(shield=True):
                 await self._thread_ended.wait()
             self._state = "stopped"
-            for job in list(self._pending):
-                if job.optional:
-                    self._finish(job, EngineStopped("the engine has stopped"), 0.0)
-                else:
-                    job.result.append(job.work())
-                    self._finish(job, None, 0.0)
-            for session in self._sessions.values():
-                session.cache.close()
-            self._sessions.clear()
+            self._stop()
 
     async def open_session(
-        self, *, batch: int, max_length: int, start: int | None = None, end: int | None = None
+        self,
+        *,
+        batch: int,
+        max_length: int,
+        start: int | None = None,
+        end: int | None = None,
+        peer: Hashable = None,
     ) -> int:
         """Open a session; its cache is taken as it grows.
 
@@ -211,6 +293,7 @@ class Engine:
             start: First block that the session runs, by its number in the model; the span's first if
                 ``None``. Slots are counted in full even if a session runs only some blocks.
             end: Block after the last; the span's last if ``None``.
+            peer: On whose account; ``None`` is a peer like any other.
 
         Returns:
             The session's id.
@@ -218,8 +301,8 @@ class Engine:
         Raises:
             BadInput: ``bad-value``: an argument is no integer or less than 1, ``batch`` is more than the
                 engine allows, or the blocks are not within the span; ``too-long``: ``max_length`` is more
-                than the engine allows.
-            EngineBusy: Too many sessions are open.
+                than the engine allows, or a token of each row more than the whole cache.
+            EngineBusy: Too many sessions are open, of this peer or in all, and none has been idle for long.
             EngineStopped: The engine does not run.
         """
         await trio.lowlevel.checkpoint()
@@ -232,20 +315,19 @@ class Engine:
             raise BadInput(
                 "too-long", f"max_length is {max_length}, at most {self.settings.max_length_tokens} is served"
             )
-        first = self.span.start if start is None else start
-        last = self.span.end if end is None else end
-        if not _is_integer(first, self.span.start) or not _is_integer(last, first + 1, self.span.end):
-            raise BadInput(
-                "bad-value",
-                f"blocks {first!r:.40} to {last!r:.40} are not within {self.span.start} to {self.span.end}",
+        span = self._part(start, end)
+        key = next(self._keys)
+        try:
+            change = self._slots.open(
+                key, peer, rows=batch, max_length=max_length, now=trio.current_time(), group=(span.start, span.end)
             )
-        if len(self._sessions) >= self.settings.max_sessions:
-            raise EngineBusy(f"{len(self._sessions)} sessions are open already")
-        session = next(self._ids)
-        part = self.span.part(first, last)
-        cache = KVCache(part, self._budget, batch=batch, max_length=max_length)
-        self._sessions[session] = _Session(part, cache)
-        return session
+        except NoRoom as refused:
+            busy = EngineBusy(str(refused))
+            busy.retry_after_s = refused.retry_after_s
+            raise busy from refused
+        self._follow(change)
+        self._sessions[key] = _Session(key=key, peer=peer, span=span, rows=batch, max_length=max_length)
+        return key
 
     def session_length(self, session: int) -> int:
         """Tokens that a session has written, as of now.
@@ -253,9 +335,9 @@ class Engine:
         Raises:
             BadInput: ``no-session``.
         """
-        return self._session(session).cache.length
+        return self._slots.place(self._session(session).key).length
 
-    async def step(self, session: int, hidden: Tensor, position: int) -> Tensor:
+    async def step(self, session: int, hidden: Tensor, position: int, order: Sequence[int] | None = None) -> Tensor:
         """Run the span on new tokens of a session, or again on old ones.
 
         Args:
@@ -264,34 +346,119 @@ class Engine:
                 until this returns.
             position: Index of the first token: 0 up to the session's length. What the session has from
                 there on is replaced.
+            order: For beam search: row ``i`` goes on from what row ``order[i]`` had; each from its own if ``None``.
 
         Shapes:
             hidden: [b, t, d]
             returns: [b, t, d], in the dtype of ``hidden``, on the CPU; an inference tensor (no autograd)
 
         Raises:
-            BadInput: ``no-session``; ``bad-dtype``; ``bad-shape``; ``bad-position``; ``too-long``;
-                ``not-finite``: a row holds NaN or infinity.
-            OutOfCache: There is no room for the tokens.
+            BadInput: ``no-session``, which it also is when it was ended to make room; ``bad-dtype``; ``bad-shape``;
+                ``bad-position``; ``bad-value``: no order of rows; ``too-long``; ``not-finite``: a row holds NaN or
+                infinity, and the session is over.
+            OutOfCache: There is no room for the tokens; or no memory for the step, and the session is over.
             EngineBusy: Too many steps wait.
-            BadOutput: The result is not finite.
+            BadOutput: The result is not finite, and the session is over.
             EngineStopped: The engine does not run, or stopped meanwhile.
 
         Cancellation:
-            The session's length is then either unchanged, ``position``, or ``position + t``; a step at
-            ``position`` is right in each case.
+            A step that waits is taken out, and one that runs is rolled back: the session's length is then either
+            unchanged or ``position``, and a step at ``position`` is right in each case. So it is after an error,
+            except that a session whose rows were to change places has forgotten everything: its length is 0.
         """
         self._check_running()
         opened = self._session(session)
-        self._check_step(opened.cache, hidden, position)
-        if self._waiting >= self.settings.max_waiting:
-            raise EngineBusy(f"{self._waiting} steps wait already")
+        self._check_step(opened, hidden, position)
+        places = None if order is None else _order(order, opened.rows)
+        rows, tokens = hidden.shape[:2]
+        fits = rows * tokens <= self._scheduler.settings.buckets[-1]
+        kind = Kind.DECODE if fits else Kind.PREFILL
+        prefixes: list[tuple[int, bytes]] = []
+        shared = 0
+        if not fits and position == 0 and places is None and self.settings.share_prefixes:
+            prefixes = await self._digests(opened, hidden)
+            shared = self._begin_with(opened, prefixes, tokens)
+        work = Work(
+            kind=kind,
+            span=opened.span,
+            hidden=hidden[:, shared:],
+            position=position + shared,
+            order=places,
+            prefix=shared,
+            kept_chunk=self._chunk(opened) if prefixes and not shared else 0,
+        )
+        request = _Request(work=work, session=opened, prefixes=() if shared else prefixes)
+        job = Job(
+            peer=opened.peer,
+            session=opened.key,
+            kind=kind,
+            units=1 if fits else tokens - shared,
+            unit_tokens=rows * tokens if fits else rows,
+            passes=work.passes,
+            group=opened.blocks,
+        )
+        try:
+            await self._submit(job, request)
+        except EngineBusy:
+            if shared:
+                self._reset(opened)
+            raise
+        return work.result()
 
-        def work() -> Tensor:
-            return self._step(opened, hidden, position, job)
+    async def forward(
+        self, hidden: Tensor, *, peer: Hashable = None, start: int | None = None, end: int | None = None
+    ) -> Tensor:
+        """Run whole sequences, and keep nothing: half of a training step.
 
-        job: _Job[Tensor] = _Job(work, optional=True)
-        return await self._submit(job)
+        Args:
+            hidden: Hidden states before block ``start``; as in :meth:`step`.
+            peer: On whose account.
+            start: As in :meth:`open_session`.
+            end: Likewise.
+
+        Shapes:
+            hidden: [b, t, d]
+            returns: [b, t, d]
+
+        Raises:
+            BadInput, EngineBusy, BadOutput, EngineStopped: As :meth:`step`.
+            OutOfCache: There is no memory.
+
+        Cancellation:
+            What runs is finished and dropped.
+        """
+        return await self._train(Kind.FORWARD, hidden, None, peer, start, end)
+
+    async def backward(
+        self,
+        hidden: Tensor,
+        gradient: Tensor,
+        *,
+        peer: Hashable = None,
+        start: int | None = None,
+        end: int | None = None,
+    ) -> Tensor:
+        """The gradient with respect to the input; the way forward is run again.
+
+        Args:
+            hidden: What :meth:`forward` was given.
+            gradient: With respect to what it returned, in the same dtype.
+            peer: On whose account.
+            start: As in :meth:`open_session`.
+            end: Likewise.
+
+        Shapes:
+            hidden, gradient: [b, t, d]
+            returns: [b, t, d]
+
+        Raises:
+            BadInput, EngineBusy, BadOutput, EngineStopped: As :meth:`step`.
+            OutOfCache: There is no memory.
+
+        Cancellation:
+            What runs is finished and dropped.
+        """
+        return await self._train(Kind.BACKWARD, hidden, gradient, peer, start, end)
 
     async def close_session(self, session: int) -> None:
         """Free a session's cache, after the steps that wait already. An unknown session is no error.
@@ -303,7 +470,10 @@ class Engine:
         if opened is None or self._state != "running":
             await trio.lowlevel.checkpoint()
             return
-        await self._submit(_Job(opened.cache.close, optional=False))
+        opened.closing = True
+        self._closing[session] = opened
+        self._close_if_idle(opened)
+        await opened.closed.wait()
 
     async def measure(self, steps: int = 8) -> float:
         """Measure decoding: one row, one token at a time, on a cache of its own.
@@ -319,16 +489,20 @@ class Engine:
         if not 1 <= steps <= 1000:
             raise ValueError(f"steps is {steps}, expected 1 to 1000")
         self._check_running()
-        if self._waiting >= self.settings.max_waiting:
-            raise EngineBusy(f"{self._waiting} steps wait already")
+        if self.stats.waiting >= self.settings.max_waiting:
+            raise EngineBusy(f"{self.stats.waiting} steps wait already")
+        call, results = _Call(), list[float]()
+        self._calls.add(call)
+        self._jobs.put(functools.partial(self._run_call, call, lambda: results.append(self._measure(steps, call))))
+        try:
+            await call.done.wait()
+        finally:
+            call.abandoned = True
+        if call.error is not None:
+            raise call.error
+        return results[0]
 
-        def work() -> float:
-            return self._measure(steps, job)
-
-        job: _Job[float] = _Job(work, optional=True)
-        return await self._submit(job)
-
-    # In the event loop
+    # What is asked for
 
     def _check_running(self) -> None:
         if self._state != "running":
@@ -337,71 +511,315 @@ class Engine:
     def _session(self, session: int) -> _Session:
         opened = self._sessions.get(session)
         if opened is None:
-            raise BadInput("no-session", "no such session, or it is closed")
+            raise BadInput("no-session", "no such session, or it is over: closed, failed, or ended to make room")
         return opened
 
-    def _check_step(self, cache: KVCache, hidden: Tensor, position: int) -> None:
+    def _part(self, start: int | None, end: int | None) -> BloomSpan:
+        first = self.span.start if start is None else start
+        last = self.span.end if end is None else end
+        if not _is_integer(first, self.span.start) or not _is_integer(last, first + 1, self.span.end):
+            raise BadInput(
+                "bad-value",
+                f"blocks {first!r:.40} to {last!r:.40} are not within {self.span.start} to {self.span.end}",
+            )
+        if (first, last) not in self._parts:
+            self._parts[first, last] = self.span.part(first, last)
+        return self._parts[first, last]
+
+    def _check_hidden(self, hidden: Tensor, rows: int | None) -> None:
         """What can be said without looking at values, so that a bad request never waits."""
         if hidden.dtype not in _FLOATS:
             raise BadInput("bad-dtype", f"hidden states in {hidden.dtype}, expected 16 or 32 bit floats")
         width = self.span.config.hidden_size
-        if hidden.dim() != 3 or hidden.shape[0] != cache.batch or hidden.shape[2] != width:
+        if hidden.dim() != 3 or hidden.shape[0] != (rows or hidden.shape[0]) or hidden.shape[2] != width:
             raise BadInput(
-                "bad-shape", f"hidden states have shape {list(hidden.shape)}, not [{cache.batch}, t, {width}]"
+                "bad-shape", f"hidden states have shape {list(hidden.shape)}, not [{rows or 'b'}, t, {width}]"
             )
-        tokens = hidden.shape[1]
-        if tokens < 1:
+        if hidden.shape[0] < 1 or hidden.shape[1] < 1:
             raise BadInput("bad-shape", "a step needs at least one token")
+
+    def _check_step(self, opened: _Session, hidden: Tensor, position: int) -> None:
+        self._check_hidden(hidden, opened.rows)
+        tokens = hidden.shape[1]
         if not _is_integer(position, 0):
             raise BadInput("bad-position", f"position {position!r:.40}, expected an integer from 0")
-        if position + tokens > cache.max_length:
-            raise BadInput("too-long", f"{position} + {tokens} tokens are more than the session's {cache.max_length}")
+        if position + tokens > opened.max_length:
+            raise BadInput("too-long", f"{position} + {tokens} tokens are more than the session's {opened.max_length}")
+        if not opened.waiting and position > (length := self._slots.place(opened.key).length):
+            raise BadInput("bad-position", f"a step at {position}, but the session has {length} tokens")
 
-    async def _submit(self, job: _Job[T]) -> T:
-        """Queue a job and wait for it."""
-        untyped: _Job[object] = job  # type: ignore[assignment]  # the queue holds jobs of every kind
-        self._pending.add(untyped)
-        self._waiting += job.optional
-        self._jobs.put(untyped)
+    async def _train(
+        self, kind: Kind, hidden: Tensor, gradient: Tensor | None, peer: Hashable, start: int | None, end: int | None
+    ) -> Tensor:
+        self._check_running()
+        span = self._part(start, end)
+        self._check_hidden(hidden, None)
+        rows, tokens = hidden.shape[:2]
+        if rows > self.settings.max_batch or tokens > self.settings.max_length_tokens:
+            most = f"{self.settings.max_batch} sequences of {self.settings.max_length_tokens} tokens"
+            raise BadInput("too-long", f"{rows} sequences of {tokens} tokens, at most {most} are served")
+        if gradient is not None and (gradient.shape, gradient.dtype) != (hidden.shape, hidden.dtype):
+            raise BadInput("bad-shape", f"a gradient of shape {list(gradient.shape)} for {list(hidden.shape)}")
+        work = Work(kind=kind, span=span, hidden=hidden, gradient=gradient)
+        job = Job(peer=peer, session=object(), kind=kind, units=rows, unit_tokens=tokens, passes=work.passes)
+        await self._submit(job, _Request(work=work))
+        return work.result()
+
+    # Prefixes
+
+    async def _digests(self, opened: _Session, hidden: Tensor) -> list[tuple[int, bytes]]:
+        """Digests of a step's first chunks, by tokens; of all but the last one, which is computed in any case."""
+        chunk = self._chunk(opened)
+        if hidden.shape[1] <= chunk:
+            return []
+
+        def digests() -> list[tuple[int, bytes]]:
+            hasher = hashlib.sha256(f"{hidden.dtype} {opened.rows} {chunk}".encode())
+            found: list[tuple[int, bytes]] = []
+            for end in range(chunk, hidden.shape[1], chunk):
+                hasher.update(tensor_bytes(hidden[:, end - chunk : end].cpu().contiguous()))
+                found.append((end, hasher.digest()))
+            return found
+
+        return await trio.to_thread.run_sync(digests, abandon_on_cancel=True)
+
+    def _chunk(self, opened: _Session) -> int:
+        """Tokens of a row in a chunk."""
+        return max(1, self.settings.chunk_tokens // opened.rows)
+
+    def _begin_with(self, opened: _Session, prefixes: Sequence[tuple[int, bytes]], tokens: int) -> int:
+        """How many of a session's first tokens another one has; it reads them there from now on."""
+        self._check_running()
+        if self._session(opened.key).waiting:
+            return 0
+        place = self._slots.place(opened.key)
+        if place.slot is not None or place.shared_slot is not None:
+            return 0
+        return self._slots.begin_with(opened.key, prefixes, trio.current_time())
+
+    # From the request to the plan
+
+    async def _submit(self, job: Job, request: _Request) -> None:
+        """Queue a job and wait until it is over.
+
+        Raises:
+            EngineBusy: Too much waits.
+        """
+        ticket = self._scheduler.submit(job, trio.current_time())
+        self._requests[ticket] = request
+        if request.session is not None:
+            request.session.waiting += 1
+        if len(self._sessions) == 1:  # nobody else can be about to ask
+            self._hand_over()
+        else:
+            self._wake.set()
         try:
-            await job.done.wait()
+            await request.done.wait()
         except BaseException:
-            job.abandoned = True
+            if self._scheduler.cancel(ticket):
+                self._end(ticket, None)
             raise
-        if job.error is not None:
-            raise job.error
-        return job.result[0]
+        if request.error is not None:
+            raise request.error
 
-    def _finish(self, job: _Job[object], error: BaseException | None, took_s: float) -> None:
-        """Take note of a job's end and wake who waits for it."""
-        if job not in self._pending:
+    async def _dispatch(self) -> None:
+        """Hand over what is next, whenever there is something new: when all who are ready have had their turn."""
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            if self._bug is not None:
+                raise self._bug
+            self._hand_over()
+
+    async def _expire(self) -> None:
+        """End sessions that nobody uses."""
+        while True:
+            await trio.sleep(_EXPIRE_S)
+            self._follow(self._slots.expire(trio.current_time()))
+
+    def _hand_over(self) -> None:
+        """Give the thread something to do, if it is free and there is anything."""
+        while self._state == "running" and not self._is_running_plan:
+            now = trio.current_time()
+            batch = self._scheduler.next_batch(now)
+            if batch is not None:
+                batch = self._prepare(batch, now)  # None: what was next turned out impossible
+                if batch is not None:
+                    self._send(batch, [self._piece(each) for each in batch.slices])
+            elif self._changes:
+                self._send(None, [])
+            else:
+                return
+
+    def _prepare(self, batch: Batch, now: float) -> Batch | None:
+        """Have room for a batch; without those that there is none for."""
+        failed = {each.ticket: error for each in batch.slices if (error := self._reserve(each.ticket, now)) is not None}
+        if failed:
+            rest = self._scheduler.withdraw(batch, failed)
+            for ticket, error in failed.items():
+                self._end(ticket, error)
+            return rest
+        return batch
+
+    def _piece(self, each: Slice) -> Piece:
+        work = self._requests[each.ticket].work
+        return Piece(work=work, start=each.start, stop=each.stop, first=each.first_pass, last=each.last_pass)
+
+    def _reserve(self, ticket: Ticket, now: float) -> EngineError | None:
+        """Have room for a step that is about to begin; what is wrong with it, if anything is."""
+        request = self._requests[ticket]
+        session, work = request.session, request.work
+        if session is None or request.reserved:
+            return None
+        anew = work.order is not None
+        try:
+            change = self._slots.reserve(session.key, work.position, work.hidden.shape[1], now, anew=anew)
+        except NoRoom as refused:
+            self._follow(refused.change)
+            return refused
+        except BadInput as wrong:
+            return wrong
+        self._follow(change, work)
+        work.place = self._slots.place(session.key)
+        request.reserved = True
+        return None
+
+    def _send(self, batch: Batch | None, pieces: list[Piece]) -> None:
+        plan = Plan(changes=self._changes, pieces=pieces)
+        self._changes = []
+        self._is_running_plan = True
+        self._jobs.put(functools.partial(self._run_plan, batch, plan))
+
+    # From the outcome to the result
+
+    def _plan_ended(self, batch: Batch | None, outcomes: list[Exception | None], took_s: float) -> None:
+        self._is_running_plan = False
+        if batch is None:
             return
-        self._pending.discard(job)
-        self._waiting -= job.optional
         self._busy_s += took_s
-        job.error = error
-        if job.abandoned and error is not None and not isinstance(error, (EngineError, _Abandoned)):
+        errors = {each.ticket: error for each, error in zip(batch.slices, outcomes, strict=True) if error is not None}
+        for ticket in self._scheduler.done(batch, took_s, trio.current_time(), errors.keys()):
+            self._end(ticket, errors.get(ticket))
+
+    def _end(self, ticket: Ticket, error: Exception | None) -> None:
+        """A job is over: finished, failed, or not wanted any more."""
+        request = self._requests.pop(ticket)
+        request.error = error
+        work, session = request.work, request.session
+        finished = ticket.state is State.FINISHED and not ticket.unwanted
+        if session is not None:
+            session.waiting -= 1
+            if request.reserved:
+                self._end_step(session, request, finished=finished)
+            if finished:
+                self._steps += 1
+                self._tokens += ticket.job.units * ticket.job.unit_tokens + work.prefix * session.rows
+            if _ends_session(error):
+                self._forget(session.key)
+                self._follow(self._slots.close(session.key))
+            elif not finished and (work.prefix or (work.order is not None and request.reserved)):
+                self._reset(session)  # it has more than the caller knows, or whether rows changed places nobody knows
+            self._close_if_idle(session)
+        if ticket.unwanted and error is not None and not isinstance(error, EngineError):
             _log.error("a step failed after its caller had gone", exc_info=error)
-        job.done.set()
+        request.done.set()
+
+    def _end_step(self, session: _Session, request: _Request, *, finished: bool) -> None:
+        now, work = trio.current_time(), request.work
+        end = work.position + work.hidden.shape[1]
+        if finished:
+            change = self._slots.commit(session.key, end, now)
+            if session.key not in change.ended:
+                for tokens, digest in request.prefixes:
+                    self._slots.offer(session.key, tokens, digest)
+        else:
+            change = self._slots.abort(session.key, now)
+        self._follow(change)
+
+    def _reset(self, session: _Session) -> None:
+        if session.key in self._sessions or session.key in self._closing:
+            self._follow(self._slots.reset(session.key, trio.current_time()))
+
+    def _follow(self, change: Change, work: Work | None = None) -> None:
+        """Have the thread do to memory what the books say, and forget sessions that are gone."""
+        if change.freed or change.left or change.granted is not None:
+            self._changes.append((change, work))
+            self._wake.set()
+        for key in change.ended:
+            if isinstance(key, int):
+                self._forget(key)
+
+    def _forget(self, key: int) -> None:
+        """A session is gone, and so is what it waits for."""
+        session = self._sessions.pop(key, None) or self._closing.pop(key, None)
+        if session is None:
+            return
+        for ticket in self._scheduler.forget_session(key):
+            self._end(ticket, BadInput("no-session", "the session was ended to make room, or after an earlier step"))
+        session.closing = True
+        session.closed.set()
+
+    def _close_if_idle(self, session: _Session) -> None:
+        if session.closing and not session.waiting and self._closing.pop(session.key, None) is not None:
+            self._follow(self._slots.close(session.key))
+            session.closed.set()
+
+    def _stop(self) -> None:
+        """Nothing runs any more."""
+        for ticket in list(self._requests):
+            self._scheduler.cancel(ticket)
+            self._end(ticket, EngineStopped("the engine has stopped"))
+        for call in self._calls:
+            call.error = EngineStopped("the engine has stopped")
+            call.done.set()
+        self._calls.clear()
+        for session in [*self._sessions.values(), *self._closing.values()]:
+            self._slots.close(session.key)
+            session.closed.set()
+        self._sessions.clear()
+        self._closing.clear()
 
     # In the engine's thread
 
     def _thread(self) -> None:
-        """Run jobs until told to stop."""
+        """Do what is handed over until told to stop."""
         if self.settings.threads is not None:
             torch.set_num_threads(self.settings.threads)
         with torch.inference_mode():
             while (job := self._jobs.get()) is not None and self._state == "running":
-                error: BaseException | None = None
-                began = time.perf_counter()
-                try:
-                    if job.abandoned and job.optional:
-                        raise _Abandoned
-                    job.result.append(job.work())
-                except BaseException as exc:  # noqa: BLE001  # handed over to whoever waits, who raises it
-                    error = exc
-                self._call(functools.partial(self._finish, job, error, time.perf_counter() - began))
+                job()
+            self._runner.clear()
         self._call(self._thread_ended.set)
+
+    def _run_plan(self, batch: Batch | None, plan: Plan) -> None:
+        began = time.perf_counter()
+        outcomes = self._runner.run(plan)
+        took_s = time.perf_counter() - began
+        self._tell(functools.partial(self._plan_ended, batch, outcomes, took_s))
+
+    def _run_call(self, call: _Call, function: Callable[[], object]) -> None:
+        try:
+            function()
+        except BaseException as exc:  # noqa: BLE001  # handed over to whoever waits, who raises it
+            call.error = exc
+        self._tell(functools.partial(self._call_ended, call))
+
+    def _call_ended(self, call: _Call) -> None:
+        self._calls.discard(call)
+        call.done.set()
+
+    def _tell(self, function: Callable[[], None]) -> None:
+        """Have the event loop call ``function``, and hand over what is next; a bug in it ends :meth:`run`."""
+
+        def note() -> None:
+            try:
+                function()
+                self._hand_over()
+            except BaseException as exc:  # noqa: BLE001  # raised by the dispatcher: in here, it would end the loop
+                self._bug = exc
+                self._wake.set()
+
+        self._call(note)
 
     def _call(self, function: Callable[[], None]) -> None:
         """Have the event loop call ``function``; if the loop is gone, so is everyone who would care."""
@@ -411,66 +829,34 @@ class Engine:
         except trio.RunFinishedError:
             _log.debug("the event loop ended before the engine")
 
-    def _check_wanted(self, job: _Job[T]) -> None:
-        if job.abandoned:
-            raise _Abandoned
-        if self._state != "running":
-            raise EngineStopped("the engine has stopped")
-
-    def _step(self, session: _Session, hidden: Tensor, position: int, job: _Job[Tensor]) -> Tensor:
-        """One step, in chunks."""
-        span, cache = session.span, session.cache
-        b, t, _ = hidden.shape
-        cache.check(position, t)
-        bad = _bad_rows(hidden)
-        if bad:
-            raise BadInput("not-finite", f"NaN or infinity in row {bad[0]} ({len(bad)} of {b} rows)")
-        cache.prepare(position, t)
-        outputs: list[Tensor] = []
-        for start in range(0, t, self.settings.chunk_tokens):
-            self._check_wanted(job)
-            chunk = hidden[:, start : start + self.settings.chunk_tokens]  # [b, c, d]
-            chunk = chunk.to(device=span.device, dtype=span.dtype)  # [b, c, d]
-            result: Tensor = span(chunk, cache, position + start)  # [b, c, d]
-            outputs.append(result.to(device="cpu", dtype=hidden.dtype))  # [b, c, d]
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)  # [b, t, d]
-        bad = _bad_rows(output)
-        if bad:
-            raise BadOutput(f"the model gave NaN or infinity in row {bad[0]} ({len(bad)} of {b} rows)")
-        cache.commit(position + t)
-        self._steps += 1
-        self._tokens += b * t
-        return output
-
-    def _measure(self, steps: int, job: _Job[float]) -> float:
+    def _measure(self, steps: int, call: _Call) -> float:
         total = steps + _MEASURE_WARMUP_STEPS
-        cache = KVCache(self.span, CacheBudget(total), batch=1, max_length=total)
+        cache = KVCache.alone(self.span, 1, total)
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(1, 1, self.span.config.hidden_size, generator=generator)  # [1, 1, d]
         hidden = hidden.to(device=self.span.device, dtype=self.span.dtype)  # [1, 1, d]
         times_s: list[float] = []
-        try:
-            for position in range(total):
-                self._check_wanted(job)
-                began = time.perf_counter()
-                cache.prepare(position, 1)
-                self.span(hidden, cache, position).cpu()  # [1, 1, d]
-                cache.commit(position + 1)
-                times_s.append(time.perf_counter() - began)
-        finally:
-            cache.close()
+        for position in range(total):
+            if call.abandoned or self._state != "running":
+                raise EngineStopped("the engine has stopped, or nobody waits")
+            began = time.perf_counter()
+            self.span(hidden, cache, position).cpu()  # [1, 1, d]
+            times_s.append(time.perf_counter() - began)
         ordered = sorted(times_s[_MEASURE_WARMUP_STEPS:])
         return 1.0 / max(ordered[len(ordered) // 2], 1e-9)
 
 
-def _bad_rows(hidden: Tensor) -> list[int]:
-    """Rows that hold NaN or infinity.
+def _ends_session(error: BaseException | None) -> bool:
+    return isinstance(error, (BadOutput, OutOfMemory)) or (isinstance(error, BadInput) and error.code == "not-finite")
 
-    Shapes:
-        hidden: [b, t, d]
+
+def _order(order: Sequence[int], rows: int) -> Tensor:
+    """Raises:
+    BadInput: ``bad-value``: it is no order of so many rows.
     """
-    finite = torch.isfinite(hidden).flatten(1).all(dim=1)  # [b]
-    return [row for row, good in enumerate(finite.tolist()) if not good]
+    if len(order) != rows or not all(_is_integer(row, 0, rows - 1) for row in order):
+        raise BadInput("bad-value", f"an order of rows is {rows} numbers below {rows}, not {list(order)!r:.60}")
+    return torch.tensor(list(order), dtype=torch.int64)  # [b]
 
 
 def _is_integer(value: object, least: int, most: int | None = None) -> bool:

@@ -27,6 +27,8 @@ class EngineError(Exception):
 class BadInput(EngineError):
     """The request itself is wrong; the same request fails everywhere.
 
+    After ``not-finite`` the session is over, too; ``no-session`` may also mean that it was ended for others' sake.
+
     Attributes:
         code: One of :attr:`CODES`.
     """
@@ -47,14 +49,24 @@ class BadInput(EngineError):
         self.code = code
 
 
-class OutOfCache(EngineError):
-    """The memory set aside for attention caches is taken; another node, or a later time, may do."""
+class Later(EngineError):
+    """Not now: another node, or a later time, may do.
+
+    Attributes:
+        retry_after_s: When to come again.
+    """
+
+    retry_after_s: float = 1.0
+
+
+class OutOfCache(Later):
+    """The memory set aside for attention caches is taken."""
 
     code = "out-of-cache"
 
 
-class EngineBusy(EngineError):
-    """Too many requests wait already; another node, or a later time, may do."""
+class EngineBusy(Later):
+    """Too many requests wait already."""
 
     code = "busy"
 
@@ -66,6 +78,6 @@ class EngineStopped(EngineError):
 
 
 class BadOutput(EngineError):
-    """The model gave NaN or infinity for finite input: its weights or its numerics are at fault."""
+    """The model gave NaN or infinity for finite input: its weights or numerics are at fault. The session is over."""
 
     code = "bad-output"

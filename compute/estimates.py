@@ -22,26 +22,28 @@ class Tier(enum.IntEnum):
     TRAINING = 2
 
 
+TIERS: Final = tuple(Tier)  # asking an enumeration for its members takes its time, and every step asks
+
+
 class Kind(enum.Enum):
-    """What a job does; the two halves of training take different times."""
+    """What a job does; the two halves of training take different times.
 
-    DECODE = "decode"
-    PREFILL = "prefill"
-    FORWARD = "forward"
-    BACKWARD = "backward"
+    Attributes:
+        label: Its name, for people and metrics.
+        tier: The class whose share of time it uses.
+    """
 
-    @property
-    def tier(self) -> Tier:
-        """The class whose share of time it uses."""
-        return _TIERS[self]
+    DECODE = ("decode", Tier.DECODE)
+    PREFILL = ("prefill", Tier.PREFILL)
+    FORWARD = ("forward", Tier.TRAINING)
+    BACKWARD = ("backward", Tier.TRAINING)
 
+    def __init__(self, label: str, tier: Tier) -> None:
+        """Called by the enumeration for each member."""
+        self.label = label
+        self.tier = tier
 
-_TIERS: Final = {
-    Kind.DECODE: Tier.DECODE,
-    Kind.PREFILL: Tier.PREFILL,
-    Kind.FORWARD: Tier.TRAINING,
-    Kind.BACKWARD: Tier.TRAINING,
-}
+    __hash__ = object.__hash__  # the enumeration's own goes through Python
 
 
 class Estimates:

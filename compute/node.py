@@ -18,7 +18,8 @@ import trio
 from compute.bloom import BloomSpan
 from compute.checkpoint import Checkpoint
 from compute.engine import Engine, EngineSettings
-from compute.errors import EngineError
+from compute.errors import EngineError, Later
+from compute.linear.kept import KeptWeights
 from compute.placement import choose_span
 from compute.tensors import from_wire, to_wire
 from net.dht import keys
@@ -37,12 +38,10 @@ from net.version import VERSION
 
 logger = logging.getLogger(__name__)
 
-DTYPE = "float32"
 SESSION_IDLE_S = 600.0  # a session nobody uses
 RETRY_AFTER_S = 1.0
 PLACEMENT_ROUNDS = 5
 MAX_LEFT_PER_PEER = 4  # sessions that wait to be resumed
-REASK_CODES = {"busy", "out-of-cache"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +51,15 @@ class NodeSettings:
     Attributes:
         span: blocks [start, end); None for what the swarm lacks most.
         max_blocks: the most to take when ``span`` is None.
+        linear: backend of the linear layers, one of ``compute.linear.BACKENDS``.
+        kept: where quantised weights are looked for and kept; None for nowhere.
         resume_s: how long a session whose stream broke waits for its client to come back another way.
     """
 
     span: tuple[int, int] | None = None
     max_blocks: int | None = None
+    linear: str = "fp32"
+    kept: KeptWeights | None = None
     resume_s: float = 15.0
     engine: EngineSettings = field(default_factory=EngineSettings)
 
@@ -101,7 +104,7 @@ class Node:
                 nursery.start_soon(self._sweep)
                 speed = await engine.measure()
                 self._host.handle(wire.PROTOCOL_ID, self._serve)
-                self.announcement = self._offer(span.start, span.end, weights=span.digest, speed=speed, state="online")
+                self.announcement = self._offer(span.start, span.end, loaded=span, speed=speed)
                 await self._announce()
                 task_status.started(self.announcement)
         finally:
@@ -117,9 +120,15 @@ class Node:
         """
         for _ in range(PLACEMENT_ROUNDS):
             start, end = await self._settle()
-            span = await trio.to_thread.run_sync(
-                partial(self._checkpoint.load_span, start, end, progress=progress), abandon_on_cancel=True
+            load = partial(
+                self._checkpoint.load_span,
+                start,
+                end,
+                progress=progress,
+                linear=self._settings.linear,
+                kept=self._settings.kept,
             )
+            span = await trio.to_thread.run_sync(load, abandon_on_cancel=True)
             if self._settings.span is not None or not await self._is_taken(start, end):
                 break
         return span
@@ -143,13 +152,13 @@ class Node:
         """Choose a span such that nodes that come up together do not all choose the same."""
         if self._settings.span is not None:
             span = self._settings.span
-            self.announcement = self._offer(*span, weights="0" * 64, speed=0.0, state="joining")
+            self.announcement = self._offer(*span)
             return span
         n_blocks = self._checkpoint.n_blocks
         length = self._settings.max_blocks or n_blocks
         span = choose_span(n_blocks, length, await self._others())
         for _ in range(PLACEMENT_ROUNDS):
-            self.announcement = self._offer(*span, weights="0" * 64, speed=0.0, state="joining")
+            self.announcement = self._offer(*span)
             await self._announce()
             better = choose_span(n_blocks, length, self._senior(await self._others(), span))
             if better == span:
@@ -181,7 +190,9 @@ class Node:
         offer = replace(offer, addresses=tuple(self._host.addresses), reachability=self._host.reachability)
         return offer.to_body()
 
-    def _offer(self, start: int, end: int, *, weights: str, speed: float, state: str) -> NodeAnnouncement:
+    def _offer(self, start: int, end: int, *, loaded: BloomSpan | None = None, speed: float = 0.0) -> NodeAnnouncement:
+        """What is announced: that we are about to load these blocks, or have ``loaded`` them."""
+        dtype, quantization, backend = ("float32", self._settings.linear, "cpu") if loaded is None else loaded.numerics
         return NodeAnnouncement(
             peer_id=self._host.peer_id,
             addresses=tuple(self._host.addresses),
@@ -190,12 +201,12 @@ class Node:
             blocks=self._checkpoint.n_blocks,
             start=start,
             end=end,
-            weights=weights,
-            numerics=Numerics(dtype=DTYPE, quantization="none", backend="cpu"),
+            weights="0" * 64 if loaded is None else loaded.digest,
+            numerics=Numerics(dtype=dtype, quantization=quantization, backend=backend),
             decode_tokens_per_s=speed,
-            cache_tokens_left=self._settings.engine.cache_tokens,
+            cache_tokens_left=self._settings.engine.cache_tokens or 0,
             max_length=self._settings.engine.max_length_tokens,
-            state=state,
+            state="joining" if loaded is None else "online",
             agent=f"raceme/{VERSION}",
             reachability=self._host.reachability,
         )
@@ -279,7 +290,11 @@ class _NodeSession:
         engine = self._node.engine
         with _refusals():
             session_id = await engine.open_session(
-                batch=request.batch, max_length=request.max_length, start=request.start, end=request.end
+                batch=request.batch,
+                max_length=request.max_length,
+                start=request.start,
+                end=request.end,
+                peer=self._peer_id,
             )
         token = secrets.token_bytes(wire.TOKEN_BYTES)
         self._held = _Held(session_id=session_id, peer_id=self._peer_id, token=token, holder=self)
@@ -327,5 +342,5 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except EngineError as error:
-        retry = RETRY_AFTER_S if error.code in REASK_CODES else None
+        retry = error.retry_after_s if isinstance(error, Later) else None
         raise RpcError(error.code, str(error), retry) from error

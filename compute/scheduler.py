@@ -36,11 +36,11 @@ import itertools
 import math
 from collections import Counter, deque
 from collections.abc import Collection, Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from compute.errors import EngineBusy
-from compute.estimates import Estimates, Kind, Tier
+from compute.estimates import TIERS, Estimates, Kind, Tier
 
 GUESS_S: Final = 1e-5  # a token's pass, before any was measured; used for fairness alone
 RATE_WEIGHT: Final = 0.2  # of a new measurement in a tier's seconds per token and pass
@@ -350,7 +350,7 @@ class Scheduler:
         self.estimates = Estimates()
         self._shares = self.settings.shares
         self._max_wait_s = self.settings.max_wait_s
-        self._queues = {tier: _Queue() for tier in Tier}
+        self._queues = {tier: _Queue() for tier in TIERS}
         self._sessions: dict[Hashable, _Session] = {}
         self._per_peer: Counter[Hashable] = Counter()
         self._numbers = itertools.count()
@@ -385,7 +385,7 @@ class Scheduler:
 
     def next_batch(self, now: float) -> Batch | None:
         """What to run now; its sessions are busy until :meth:`done`. ``None`` if nothing is ready."""
-        tiers = [tier for tier in Tier if self._queues[tier].ready]
+        tiers = [tier for tier in TIERS if self._queues[tier].ready]
         if not tiers:
             return None
         tier = self._choose(tiers)
@@ -396,7 +396,6 @@ class Scheduler:
             slices = [self._slice(next(self._queues[tier].in_order()))]
         kind = slices[0].ticket.job.kind
         rows = sum(each.tokens for each in slices)
-        bucket = next(size for size in self.settings.buckets if size >= rows) if tier is Tier.DECODE else rows
         queue = self._queues[tier]
         rate_s = GUESS_S if queue.rate_s is None else queue.rate_s
         charged = tuple(each.work * rate_s for each in slices)
@@ -407,13 +406,45 @@ class Scheduler:
             kind=kind,
             slices=tuple(slices),
             rows=rows,
-            bucket=bucket,
+            bucket=self._bucket(kind, rows),
             began=now,
             _charged=charged,
-            _beside=frozenset(each for each in Tier if self._queues[each].ready),
+            _beside=frozenset(each for each in TIERS if self._queues[each].ready),
         )
         self._running.add(batch)
         return batch
+
+    def withdraw(self, batch: Batch, tickets: Collection[Ticket]) -> Batch | None:
+        """Take tickets out of a batch that has not begun: they have failed, and cost nothing.
+
+        Returns:
+            The batch without them, which takes its place; ``None`` if nothing is left to run.
+
+        Raises:
+            ValueError: The batch does not run.
+        """
+        if batch not in self._running:
+            raise ValueError("this batch does not run")
+        self._running.remove(batch)
+        kept: list[tuple[Slice, float]] = []
+        for each, charged_s in zip(batch.slices, batch._charged, strict=True):
+            if each.ticket in tickets:
+                self._queues[batch.kind.tier].settle(each.ticket.job.peer, -charged_s)
+                self._end(each.ticket, State.FAILED)
+            else:
+                kept.append((each, charged_s))
+        if not kept:
+            return None
+        rows = sum(each.tokens for each, _ in kept)
+        rest = replace(
+            batch,
+            slices=tuple(each for each, _ in kept),
+            rows=rows,
+            bucket=self._bucket(batch.kind, rows),
+            _charged=tuple(charged_s for _, charged_s in kept),
+        )
+        self._running.add(rest)
+        return rest
 
     def done(self, batch: Batch, took_s: float, now: float, failed: Collection[Ticket] = ()) -> tuple[Ticket, ...]:
         """Say that a batch has run.
@@ -550,8 +581,8 @@ class Scheduler:
 
     def _share(self, tier: Tier, now: float) -> float:
         """Of the time, what the tier gets when it has work: its own, and what those before it leave."""
-        taken = sum(self._queues[each].use(now) for each in Tier if each < tier)
-        taken += sum(self._shares[each] for each in Tier if each > tier and self._queues[each].work)
+        taken = sum(self._queues[each].use(now) for each in TIERS if each < tier)
+        taken += sum(self._shares[each] for each in TIERS if each > tier and self._queues[each].work)
         return min(1.0, max(self._shares[tier], 1.0 - taken))
 
     # Which tier
@@ -575,7 +606,7 @@ class Scheduler:
 
     def _earn(self, batch: Batch, took_s: float) -> None:
         """Tiers that waited meanwhile earn their share; the batch's own has spent it."""
-        for tier in Tier:
+        for tier in TIERS:
             if tier is Tier.DECODE:  # gets what the others have not earned
                 continue
             queue = self._queues[tier]
@@ -616,6 +647,10 @@ class Scheduler:
         passes = 1 if pass_s is None else int(min(job.passes, self.settings.decode_wait_s / max(pass_s, 1e-9)))
         last = min(job.passes, ticket.passed + max(1, passes))
         return Slice(ticket=ticket, start=ticket.unit, stop=stop, first_pass=ticket.passed, last_pass=last)
+
+    def _bucket(self, kind: Kind, rows: int) -> int:
+        """What a batch of so many rows is padded to."""
+        return next(size for size in self.settings.buckets if size >= rows) if kind is Kind.DECODE else rows
 
     def _chunk_end(self, ticket: Ticket) -> int:
         """The largest chunk that goes through all passes in one slice, else the smallest."""

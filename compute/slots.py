@@ -6,8 +6,8 @@ longer one as it grows; its step is ``reserve``, run, ``commit`` (or ``abort``),
 slot stays where it is. Whatever else happens, the driver learns from the :class:`Change` that each call returns::
 
     for slot in change.freed:      zero it and let it go, first: what is granted may be the same again
-    if change.granted:             make it, and copy ``change.copy`` into it
-    if change.left:                zero it and let it go: the session has moved out
+    if change.granted:             make it, and copy ``change.copies`` into it
+    for slot in change.left:       zero it and let it go: the session has moved out
     for session in change.ended:   forget it; its client comes back, here or elsewhere, and replays
 
 Leases
@@ -22,7 +22,7 @@ Prefixes
     in, and how they were cut. Another session of the same peer, with as many rows and over the same blocks, may begin
     there: it reads the first tokens in the other's slot, and has the rest in a slot of its own. A slot is kept as long
     as anybody reads it. Who offered and wants to write where others read, or to grow, moves on: it keeps reading
-    there, too, and has the rest elsewhere.
+    there, too, and has the rest elsewhere. A step that puts rows into another order has a new slot of its own for all.
 """
 
 from __future__ import annotations
@@ -116,15 +116,15 @@ class Change:
     Attributes:
         freed: Slots to be zeroed and let go.
         granted: A slot to be made for the session that asked.
-        copy: What to copy into it.
-        left: The slot that the session had before, to be zeroed and let go.
+        copies: What to copy into it.
+        left: Slots that the session had before, to be zeroed and let go.
         ended: Sessions that are gone.
     """
 
     freed: tuple[Slot, ...] = ()
     granted: Slot | None = None
-    copy: Copy | None = None
-    left: Slot | None = None
+    copies: tuple[Copy, ...] = ()
+    left: tuple[Slot, ...] = ()
     ended: tuple[Hashable, ...] = ()
 
 
@@ -240,7 +240,7 @@ class Slots:
 
         Raises:
             BadInput: ``bad-value``: ``rows`` or ``max_length`` is less than 1; ``too-long``: no slot is as long, or
-                a slot for so many rows is more than the cache.
+                one token of so many rows is more than the cache.
             NoRoom: The peer has its number of sessions, or all together have.
             ValueError: The session is open.
         """
@@ -250,17 +250,24 @@ class Slots:
             raise BadInput("bad-value", f"{rows} rows of {max_length} tokens, expected at least 1")
         if max_length > self.settings.lengths[-1]:
             raise BadInput("too-long", f"max_length is {max_length}, at most {self.settings.lengths[-1]} is served")
-        if rows * self._bucket(max_length) > self.settings.cache_tokens:
-            raise BadInput("too-long", f"{rows} rows of {max_length} tokens are more than the whole cache")
+        if rows > self.settings.cache_tokens:
+            raise BadInput("too-long", f"{rows} rows are more than the whole cache")
         change = self._make_place(peer, now)
         self._sessions[session] = _Session(session, peer, rows, max_length, group, now)
         self._open[peer] += 1
         return change
 
-    def reserve(self, session: Hashable, position: int, tokens: int, now: float) -> Change:
+    def reserve(self, session: Hashable, position: int, tokens: int, now: float, *, anew: bool = False) -> Change:
         """Make room for a step of ``tokens`` tokens at ``position``, and forget what the session has from there on.
 
         Until :meth:`commit` or :meth:`abort` the session is within its step.
+
+        Args:
+            session: Which.
+            position: Of the step's first token.
+            tokens: How many.
+            now: The time.
+            anew: Have everything copied into a new slot that nobody else reads: the rows are about to change.
 
         Raises:
             BadInput: ``no-session``; ``bad-shape``; ``bad-position``: a gap; ``too-long``.
@@ -277,7 +284,10 @@ class Slots:
             raise BadInput("bad-position", f"a step at {position}, but the session has {known.length} tokens")
         if end > known.max_length:
             raise BadInput("too-long", f"{position} + {tokens} tokens are more than the session's {known.max_length}")
-        change = self._settle(known, position, end, now)
+        if known.rows * end > self.settings.cache_tokens:
+            raise BadInput("too-long", f"{known.rows} rows of {end} tokens are more than the whole cache")
+        settle = self._begin_anew if anew else self._settle
+        change = settle(known, position, end, now)
         if known.own is not None:
             self._withdraw(known.own, position)
         known.length = position
@@ -319,6 +329,20 @@ class Slots:
             raise BadInput("bad-position", f"back to {position}, but the session has {known.length} tokens")
         known.length = position
         known.used_at = now
+
+    def reset(self, session: Hashable, now: float) -> Change:
+        """Make a session as it was when it was opened.
+
+        Raises:
+            BadInput: ``no-session``.
+            ValueError: The session is within a step.
+        """
+        known = self._session(session)
+        if known.busy:
+            raise ValueError(f"session {session!r} is within a step")
+        known.length = 0
+        known.used_at = now
+        return Change(freed=tuple(self._give_back(known)))
 
     def close(self, session: Hashable) -> Change:
         """End a session; one within a step is gone after it. An unknown one is no error."""
@@ -413,8 +437,10 @@ class Slots:
             return self._end([known])
         return Change()
 
-    def _bucket(self, tokens: int) -> int:
-        return next(length for length in self.settings.lengths if length >= tokens)
+    def _bucket(self, tokens: int, rows: int) -> int:
+        """The least length that holds so many tokens, or all that the cache has where that is more."""
+        length = next(length for length in self.settings.lengths if length >= tokens)
+        return min(length, self.settings.cache_tokens // rows)
 
     # Where a session's tokens are
 
@@ -429,12 +455,12 @@ class Slots:
         shared = min(known.shared, position)
         if old is not None and end - shared <= old.slot.length:
             return Change(freed=tuple(self._share_only(known, shared)))
-        length = self._bucket(end - shared)
+        length = self._bucket(end - shared, known.rows)
         ended, freed = self._find_room(known, known.rows * (length - (old.slot.length if old else 0)), now)
         copied = old is not None and known.shared < position
         first = known.shared
         freed += self._share_only(known, shared)
-        left = None
+        left: Slot | None = None
         prefixes: dict[int, Hashable] = {}
         if old is not None:
             if not shared:
@@ -444,25 +470,48 @@ class Slots:
         for tokens, key in prefixes.items():
             new.prefixes[tokens] = key
             self._directory[key] = new
-        copy = None
+        copies: list[Copy] = []
         if copied and left is not None:
-            copy = Copy(source=left, source_first=first, target_first=shared, start=shared, stop=position)
-        return Change(freed=tuple(freed), granted=new.slot, copy=copy, left=left, ended=tuple(ended))
+            copies.append(Copy(source=left, source_first=first, target_first=shared, start=shared, stop=position))
+        return Change(
+            freed=tuple(freed),
+            granted=new.slot,
+            copies=tuple(copies),
+            left=() if left is None else (left,),
+            ended=tuple(ended),
+        )
 
     def _move_on(self, known: _Session, old: _Holding, shared: int, position: int, end: int, now: float) -> Change:
         """Leave a slot to those who read it, read there as they do, and have the rest elsewhere."""
-        length = self._bucket(end - shared)
+        length = self._bucket(end - shared, known.rows)
         ended, freed = self._find_room(known, known.rows * length, now)
         known.own = self._grant(known, length)
         old.owner = None
         if shared:
             known.source, known.shared = old, shared
             old.readers.add(known.key)
-        left = None if old.readers else self._release(old)  # who read it may just have been ended
-        copy = None
+        left = () if old.readers else (self._release(old),)  # who read it may just have been ended
+        copies: list[Copy] = []
         if shared < position:
-            copy = Copy(source=old.slot, source_first=0, target_first=shared, start=shared, stop=position)
-        return Change(freed=tuple(freed), granted=known.own.slot, copy=copy, left=left, ended=tuple(ended))
+            copies.append(Copy(source=old.slot, source_first=0, target_first=shared, start=shared, stop=position))
+        return Change(freed=tuple(freed), granted=known.own.slot, copies=tuple(copies), left=left, ended=tuple(ended))
+
+    def _begin_anew(self, known: _Session, position: int, end: int, now: float) -> Change:
+        """Have all tokens before ``position`` in a new slot, and neither read nor offer any other."""
+        length = self._bucket(end, known.rows)
+        own, source, shared = known.own, known.source, min(known.shared, position)
+        leaves = own.slot.tokens if own is not None and not own.readers else 0
+        ended, freed = self._find_room(known, known.rows * length - leaves, now)
+        copies: list[Copy] = []
+        if source is not None and shared:
+            copies.append(Copy(source=source.slot, source_first=0, target_first=0, start=0, stop=shared))
+        if own is not None and shared < position:
+            first = known.shared
+            copies.append(Copy(source=own.slot, source_first=first, target_first=0, start=shared, stop=position))
+        new = self._grant(known, length)  # before anything is given back, which it must not be
+        left = self._give_back(known)
+        known.own = new
+        return Change(freed=tuple(freed), granted=new.slot, copies=tuple(copies), left=tuple(left), ended=tuple(ended))
 
     def _share_only(self, known: _Session, shared: int) -> list[Slot]:
         """Read no more than the first ``shared`` tokens in another's slot."""
@@ -602,13 +651,19 @@ class Slots:
         self._open[known.peer] -= 1
         if not self._open[known.peer]:
             del self._open[known.peer]
+        return self._give_back(known)
+
+    def _give_back(self, known: _Session) -> list[Slot]:
+        """Leave a session without a place; what others read stays."""
         freed: list[Slot] = []
         if known.source is not None:
-            freed += self._stop_reading(known, known.source)
+            source, known.source, known.shared = known.source, None, 0
+            freed += self._stop_reading(known, source)
         if known.own is not None:
-            known.own.owner = None
-            if not known.own.readers:
-                freed.append(self._release(known.own))
+            own, known.own = known.own, None
+            own.owner = None
+            if not own.readers:
+                freed.append(self._release(own))
         return freed
 
     def _end(self, sessions: list[_Session]) -> Change:

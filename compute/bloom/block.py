@@ -33,11 +33,18 @@ from compute.linear import FrozenLinear
 class SpanCache(Protocol):
     """Keys and values that a span writes and reads; :class:`compute.cache.KVCache` is one."""
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the span's block ``index``, counted from the span's start.
+    def extend(self, index: int, key: Tensor, value: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """Write new tokens' keys and values in the span's block ``index``, counted from the span's start.
+
+        Args:
+            index: Which block.
+            key: Of tokens from ``position`` on, for which there is room.
+            value: Likewise.
+            position: Index of the first token.
 
         Shapes:
-            returns: two of [b, h, L, hd], with room for every token up to the end of the step
+            key, value: [b, h, t, hd]
+            returns: keys and values of all tokens up to these, two of [b, h, position + t, hd]
         """
 
 
@@ -67,15 +74,13 @@ class BloomAttention(nn.Module):
         self.query_key_value: nn.Module = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense: nn.Module = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(
-        self, hidden: Tensor, bias: Tensor, keys: Tensor | None, values: Tensor | None, position: int
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, bias: Tensor, cache: SpanCache | None, index: int, position: int) -> Tensor:
         """Attend; see :meth:`BloomBlock.forward` for the arguments."""
-        merged = self.attend(self.query_key_value(hidden), bias, keys, values, position)  # [b, t, d]
+        merged = self.attend(self.query_key_value(hidden), bias, cache, index, position)  # [b, t, d]
         output: Tensor = self.dense(merged)  # [b, t, d]
         return output
 
-    def attend(self, fused: Tensor, bias: Tensor, keys: Tensor | None, values: Tensor | None, position: int) -> Tensor:
+    def attend(self, fused: Tensor, bias: Tensor, cache: SpanCache | None, index: int, position: int) -> Tensor:
         """What lies between the two linear layers; each row by itself.
 
         Shapes:
@@ -85,11 +90,8 @@ class BloomAttention(nn.Module):
         b, t, _ = fused.shape
         fused = fused.view(b, t, self.n_head, 3, self.head_dim).permute(3, 0, 2, 1, 4)  # [3, b, h, t, hd]
         query, key, value = fused.unbind(0)  # 3 x [b, h, t, hd]
-        if keys is not None and values is not None:
-            end = position + t
-            keys[:, :, position:end] = key  # [b, h, t, hd]
-            values[:, :, position:end] = value  # [b, h, t, hd]
-            key, value = keys[:, :, :end], values[:, :, :end]  # [b, h, L, hd]
+        if cache is not None:
+            key, value = cache.extend(index, key, value, position)  # [b, h, L, hd]
         context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)  # [b, h, t, hd]
         return context.transpose(1, 2).reshape(b, t, self.n_head * self.head_dim)  # [b, t, d]
 
@@ -131,8 +133,8 @@ class BloomBlock(nn.Module):
         self,
         hidden: Tensor,
         bias: Tensor,
-        keys: Tensor | None = None,
-        values: Tensor | None = None,
+        cache: SpanCache | None = None,
+        index: int = 0,
         position: int = 0,
     ) -> Tensor:
         """Run the block on ``t`` new tokens.
@@ -140,20 +142,19 @@ class BloomBlock(nn.Module):
         Args:
             hidden: The tokens' hidden states.
             bias: ``alibi_bias(slopes, position, t)``, the same for every block of a step.
-            keys: This block's cache. Rows ``[position, position + t)`` are written, rows ``[0, position)``
-                read. ``None``, together with ``values`` and position 0, for a whole sequence.
-            values: Likewise.
+            cache: Where keys and values of ``[position, position + t)`` are written, and those before read.
+                ``None``, together with position 0, for a whole sequence.
+            index: This block's index in the cache.
             position: Index of the first new token.
 
         Shapes:
             hidden: [b, t, d]
             bias: [1, h, t, position + t]
-            keys, values: [b, h, L, hd] with L >= position + t
             returns: [b, t, d]
         """
         normed: Tensor = self.input_layernorm(hidden)  # [b, t, d]
         residual = normed if self.post_layernorm_residual else hidden  # [b, t, d]
-        hidden = self.self_attention(normed, bias, keys, values, position) + residual  # [b, t, d]
+        hidden = self.self_attention(normed, bias, cache, index, position) + residual  # [b, t, d]
         return self._finish(hidden)  # [b, t, d]
 
     def together(self, hidden: Tensor, parts: Sequence[_Part], index: int) -> Tensor:
@@ -170,9 +171,9 @@ class BloomBlock(nn.Module):
         merged = torch.empty_like(normed)  # [n, d]
         for part in parts:
             rows = slice(part.start, part.start + part.b * part.t)
-            keys, values = part.step.cache.layer(index)  # [b, h, L, hd]
+            step = part.step
             own = fused[rows].view(part.b, part.t, -1)  # [b, t, 3d]
-            context = attention.attend(own, part.bias, keys, values, part.step.position)  # [b, t, d]
+            context = attention.attend(own, part.bias, step.cache, index, step.position)  # [b, t, d]
             merged[rows] = context.view(part.b * part.t, -1)  # [b * t, d]
         return self._finish(attention.dense(merged) + residual)  # [n, d]
 
@@ -294,27 +295,30 @@ class BloomSpan(nn.Module):
         """Where the weights are, and hidden states and cache must be."""
         return next(self.parameters()).device
 
-    def forward(self, hidden: Tensor, cache: SpanCache | None = None, position: int = 0) -> Tensor:
-        """Run every block on ``t`` new tokens.
+    def forward(
+        self, hidden: Tensor, cache: SpanCache | None = None, position: int = 0, first: int = 0, last: int | None = None
+    ) -> Tensor:
+        """Run blocks on ``t`` new tokens: all of them, or one part after another.
 
         Args:
-            hidden: Hidden states before block ``start``.
+            hidden: Hidden states before block ``start + first``.
             cache: Keys and values, with room for ``position + t`` tokens; ``None`` for a whole sequence.
             position: Index of the first new token; 0 without a cache.
+            first: First block to run, counted from the span's start.
+            last: Block after the last; the span's end if ``None``.
 
         Shapes:
             hidden: [b, t, d]
-            returns: [b, t, d], hidden states before block ``end``
+            returns: [b, t, d], hidden states before block ``start + last``
 
         Raises:
             ValueError: ``position`` is not 0 though there is no cache.
         """
         if cache is None and position:
             raise ValueError("a position other than 0 needs a cache")
-        bias = self._bias(hidden, position)  # [1, h, t, L]
-        for index, block in enumerate(self.blocks):
-            keys, values = (None, None) if cache is None else cache.layer(index)  # [b, h, L, hd]
-            hidden = block(hidden, bias, keys, values, position)  # [b, t, d]
+        bias = self.bias(hidden, position)  # [1, h, t, L]
+        for index in range(first, len(self) if last is None else last):
+            hidden = self.blocks[index](hidden, bias, cache, index, position)  # [b, t, d]
         return hidden
 
     def steps(self, steps: Sequence[Step]) -> list[Tensor]:
@@ -326,20 +330,37 @@ class BloomSpan(nn.Module):
         Shapes:
             returns: one [b, t, d] for every step
         """
+        rows = self.together(steps)  # [n, d]
+        shapes = [step.hidden.shape for step in steps]
+        pieces = rows.split([shape[0] * shape[1] for shape in shapes])
+        return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+    def together(self, steps: Sequence[Step]) -> Tensor:
+        """The same in one piece.
+
+        Shapes:
+            returns: [n, d], the tokens of all steps, row by row, one step after another
+        """
         parts: list[_Part] = []
         start = 0
         for step in steps:
             b, t, _ = step.hidden.shape
-            bias = self._bias(step.hidden, step.position)  # [1, h, t, L]
+            bias = self.bias(step.hidden, step.position)  # [1, h, t, L]
             parts.append(_Part(step=step, start=start, b=b, t=t, bias=bias))
             start += b * t
         width = self.config.hidden_size
         hidden = torch.cat([step.hidden.reshape(-1, width) for step in steps])  # [n, d]
         for index, block in enumerate(self.blocks):
             hidden = block.together(hidden, parts, index)  # type: ignore[operator]  # a BloomBlock; [n, d]
-        return [hidden[part.start : part.start + part.b * part.t].view(part.b, part.t, width) for part in parts]
+        return hidden
 
-    def _bias(self, hidden: Tensor, position: int) -> Tensor:
+    def bias(self, hidden: Tensor, position: int) -> Tensor:
+        """What blocks add to the scores of a step's tokens; see :func:`alibi_bias`.
+
+        Shapes:
+            hidden: [b, t, d]
+            returns: [1, h, t, position + t]
+        """
         if self._slopes.device != hidden.device:
             self._slopes = self._slopes.to(hidden.device)  # [h]
         return alibi_bias(self._slopes, position, hidden.shape[1])  # [1, h, t, L]

@@ -10,6 +10,11 @@ tokens in chunks of 256 over the same at once. nf4-vs-bitsandbytes: the library'
 over ours, same bits (-560m: of 560m's, whose weights written out just fit into what malloc hands back without asking
 the system); -bf16: its other path, which rounds activations to bfloat16, where the processor has that.
 
+batch-16-gain: tokens a second of sixteen sessions of 32 to 480 tokens on one engine, which step at once, over those of
+one with 256; step-p95-16-vs-1: the 95th percentile of the steps of sixteen over that of one.
+loop-latency-p99-ms: by how much the event loop is late beside sixteen sessions, prefill and backward, all without a
+pause. engine-overhead-ms: what a step of a lone session takes beyond the model.
+
 Random weights in the shapes of bloom-560m and bloom-7b1; --scale makes all shapes smaller, to try the benchmark out.
 """
 
@@ -17,20 +22,26 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+import trio
 from torch import Tensor, nn
 
+from compute.batch import Work
 from compute.bloom import BloomBlock, BloomConfig, BloomSpan, quantize
-from compute.cache import CacheBudget, KVCache
+from compute.cache import KVCache
+from compute.engine import Engine, EngineSettings
+from compute.estimates import Kind
 from compute.linear import backend
 from tests.bench import report
 
 CONTEXT_TOKENS = 256
 STEPS = 6  # of a run; the median counts
 TRAIN_TOKENS = 128
+MANY = 16  # sessions
 PREFILL_TOKENS = 1024
 CHUNK_TOKENS = 256
 COLD_BYTES = 600 << 20  # of weights run in turn
@@ -47,7 +58,10 @@ GOALS: dict[str, tuple[str, float | None, str]] = {
     "nf4-vs-bitsandbytes-560m": ("x faster", None, "higher"),
     "nf4-vs-bitsandbytes-bf16": ("x faster", None, "higher"),
     "nf4-vs-bitsandbytes-bf16-560m": ("x faster", None, "higher"),
-    # batch-16-gain and step-p95-16-vs-1 belong here: they need the engine's scheduler.
+    "batch-16-gain": ("x tokens/s of one", 4.0, "higher"),
+    "step-p95-16-vs-1": ("x p95 of one", 4.5, "lower"),
+    "loop-latency-p99-ms": ("ms", 20.0, "lower"),
+    "engine-overhead-ms": ("ms", 0.25, "lower"),
     "decode-560m-fp16-ms-per-block": ("ms", None, "lower"),
     "decode-560m-fp32-ms-per-block": ("ms", None, "lower"),
     "decode-7b1-fp16-ms-per-block": ("ms", None, "lower"),
@@ -91,6 +105,10 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+def percentile(values: list[float], part: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(part * len(values)))]
+
+
 def median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
@@ -105,22 +123,17 @@ class Decoding:
     def __init__(self, span: BloomSpan) -> None:
         self.span = span
         self.length = CONTEXT_TOKENS
-        total = CONTEXT_TOKENS + 4096
-        self.cache = KVCache(span, CacheBudget(total), batch=1, max_length=total)
-        self.cache.prepare(0, CONTEXT_TOKENS)
+        self.cache = KVCache.alone(span, 1, CONTEXT_TOKENS + 1)
         with torch.inference_mode():
-            for index in range(len(span)):
-                for part in self.cache.layer(index):
+            for index, layer in enumerate(self.cache.own.layers):
+                for part in layer:
                     part.normal_(generator=torch.Generator().manual_seed(index))
-        self.cache.commit(CONTEXT_TOKENS)
         self.hidden = normal(1, 1, span.config.hidden_size)
 
     def step(self) -> None:
         """Always the same one, so that every run has the same work."""
-        self.cache.prepare(self.length, 1)
         with torch.inference_mode():
             self.span(self.hidden, self.cache, self.length)
-        self.cache.commit(self.length + 1)
 
     @property
     def bytes_read(self) -> int:
@@ -218,13 +231,109 @@ def measure_overhead(note: Callable[[str, float], None], runs: int) -> None:
         note("overhead-ms-per-block", median([timed(decoding.step) for _ in range(20)]) / len(span) * 1e3)
 
 
+class Sessions:
+    """Sessions on an engine, which have some tokens each (zeros, which take as long as any), and step at once."""
+
+    def __init__(self, engine: Engine, lengths: Sequence[int]) -> None:
+        self.engine = engine
+        self.lengths = lengths
+        self.hidden = normal(1, 1, engine.span.config.hidden_size)
+        self.keys: list[int] = []
+
+    async def open(self) -> None:
+        for number, length in enumerate(self.lengths):
+            key = await self.engine.open_session(batch=1, max_length=2048, peer=number)
+            slots, now = self.engine._slots, trio.current_time()
+            change = slots.reserve(key, 0, length, now)
+            self.engine._follow(change, Work(kind=Kind.DECODE, span=self.engine.span, hidden=self.hidden))
+            slots.commit(key, length, now)
+            self.keys.append(key)
+
+    async def step(self, steps: int) -> tuple[float, list[float]]:
+        """Each session's steps one after another, all sessions at once: seconds in all, and of each step."""
+        took_s: list[float] = []
+
+        async def talk(key: int, length: int) -> None:
+            for _ in range(steps):  # always the same one, so that every run has the same work
+                began = time.perf_counter()
+                await self.engine.step(key, self.hidden, length)
+                took_s.append(time.perf_counter() - began)
+
+        began = time.perf_counter()
+        async with trio.open_nursery() as nursery:
+            for key, length in zip(self.keys, self.lengths, strict=True):
+                nursery.start_soon(talk, key, length)
+        return time.perf_counter() - began, took_s
+
+
+async def loop_latency(seconds: float) -> list[float]:
+    """By how much the event loop is late, every millisecond."""
+    late: list[float] = []
+    ends = time.perf_counter() + seconds
+    while (now := time.perf_counter()) < ends:
+        await trio.sleep(0.001)
+        late.append(time.perf_counter() - now - 0.001)
+    return late
+
+
+async def measure_engine(note: Callable[[str, float], None], scale: float, runs: int) -> None:
+    """Sixteen sessions of ragged lengths against one; and the loop beside steps, prefill and training."""
+    span = make_span("560m", "fp16", scale)
+    least = CONTEXT_TOKENS // 8
+    lengths = [least + round(2 * (CONTEXT_TOKENS - least) * number / (MANY - 1)) for number in range(MANY)]
+    async with trio.open_nursery() as nursery:
+        engine = Engine(span, EngineSettings(cache_tokens=1 << 16))
+        await nursery.start(engine.run)
+        one, many = Sessions(engine, [CONTEXT_TOKENS]), Sessions(engine, lengths)
+        for sessions in (one, many):
+            await sessions.open()
+            await sessions.step(2)
+        for _ in range(runs):
+            (lone_s, lone_steps), (all_s, all_steps) = await one.step(4 * STEPS), await many.step(STEPS)
+            note("batch-16-gain", (MANY * STEPS / all_s) / (4 * STEPS / lone_s))
+            note("step-p95-16-vs-1", percentile(all_steps, 0.95) / percentile(lone_steps, 0.95))
+
+        async def load(work: Callable[[], Awaitable[object]]) -> None:
+            while True:
+                await work()
+
+        prompt = normal(1, 1024, span.config.hidden_size)
+        prefills = await engine.open_session(batch=1, max_length=1024, peer="prefill")
+        async with trio.open_nursery() as loads:
+            loads.start_soon(load, partial(many.step, 1))
+            loads.start_soon(load, partial(engine.step, prefills, prompt, 0))
+            loads.start_soon(load, partial(engine.backward, prompt[:, :128], prompt[:, :128], peer="training"))
+            await trio.sleep(1.0)
+            for _ in range(runs):
+                note("loop-latency-p99-ms", percentile(await loop_latency(3.0), 0.99) * 1e3)
+            loads.cancel_scope.cancel()
+        nursery.cancel_scope.cancel()
+
+
+async def measure_engine_overhead(note: Callable[[str, float], None], runs: int) -> None:
+    """What a step of a lone session takes beyond the model, where that takes next to nothing."""
+    config = BloomConfig(vocab_size=16, hidden_size=64, n_layer=1, n_head=4)
+    span = BloomSpan(config, 0, [make_block(config)])
+    quantize(span, "fp16")
+    async with trio.open_nursery() as nursery:
+        engine = Engine(span)
+        await nursery.start(engine.run)
+        lone = Sessions(engine, [CONTEXT_TOKENS])
+        await lone.open()
+        await lone.step(100)
+        for _ in range(runs):
+            before = engine.stats.busy_s
+            _, steps = await lone.step(300)
+            note("engine-overhead-ms", (median(steps) - (engine.stats.busy_s - before) / 300) * 1e3)
+        nursery.cancel_scope.cancel()
+
+
 def measure_prefill(note: Callable[[str, float], None], scale: float, runs: int) -> None:
     span = make_span("560m", "fp16", scale, blocks=2)
     hidden = normal(1, PREFILL_TOKENS, span.config.hidden_size)
 
     def prefill(chunk: int) -> None:
-        cache = KVCache(span, CacheBudget(PREFILL_TOKENS), batch=1, max_length=PREFILL_TOKENS)
-        cache.prepare(0, PREFILL_TOKENS)
+        cache = KVCache.alone(span, 1, PREFILL_TOKENS)
         with torch.inference_mode():
             for start in range(0, PREFILL_TOKENS, chunk):
                 span(hidden[:, start : start + chunk], cache, start)
@@ -290,7 +399,10 @@ def measure(scale: float, runs: int) -> list[report.Figure]:
     report.progress("compute: backward")
     measure_backward(note, scale, runs)
     with torch.no_grad():
+        report.progress("compute: sessions on an engine")
+        trio.run(measure_engine, note, scale, runs)
         report.progress("compute: overhead, prefill, nf4")
+        trio.run(measure_engine_overhead, note, runs)
         measure_overhead(note, runs)
         measure_prefill(note, scale, runs)
         for name in SHAPES:

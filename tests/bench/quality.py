@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compute.bloom import BloomSpan, Embeddings, Head
-from compute.cache import CacheBudget, KVCache
+from compute.cache import KVCache
 from compute.checkpoint import Checkpoint
 from compute.linear import BACKENDS
 from compute.models import find_checkpoint
@@ -60,13 +60,11 @@ class Model:
     def draw(self, rows: int, tokens: int) -> Tensor:
         """Text of the model's own, at temperature 1: [rows, tokens]."""
         generator = torch.Generator().manual_seed(0)
-        cache = KVCache(self.span, CacheBudget(rows * tokens), batch=rows, max_length=tokens)
+        cache = KVCache.alone(self.span, rows, tokens)
         ids = torch.full((rows, 1), END)
         with torch.inference_mode():
             for position in range(tokens - 1):
-                cache.prepare(position, 1)
                 hidden = self.span(self.embeddings(ids[:, -1:]), cache, position)
-                cache.commit(position + 1)
                 chances = self.head(hidden)[:, 0].softmax(dim=-1)  # [rows, v]
                 ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], dim=1)
         return ids

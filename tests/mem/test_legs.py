@@ -14,7 +14,6 @@ from trio.testing import MockClock
 
 from client.errors import ClientError, MissingBlocks, SessionFailed
 from client.session import Session
-from compute.node import DTYPE
 from net.addresses import parse
 from net.errors import RpcError
 from net.host import Host, open_host
@@ -75,7 +74,7 @@ class FakeNode:
             start=start,
             end=end,
             weights="0" * 64,
-            numerics=Numerics(dtype=DTYPE, quantization="none", backend="cpu"),
+            numerics=Numerics(dtype="float32", quantization="none", backend="cpu"),
             decode_tokens_per_s=10.0,
             cache_tokens_left=1000,
             max_length=100,

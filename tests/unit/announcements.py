@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from compute.node import DTYPE
 from net.addresses import parse
 from net.identity import Identity, PeerId
 from net.protocol.announcement import NodeAnnouncement, Numerics
 
-FULL = Numerics(dtype=DTYPE, quantization="none", backend="cpu")
-INT8 = Numerics(dtype=DTYPE, quantization="int8", backend="cpu")
+FULL = Numerics(dtype="float32", quantization="none", backend="cpu")
+INT8 = Numerics(dtype="float32", quantization="int8", backend="cpu")
 _PEERS = [Identity.generate(bytes([number]) * 32).peer_id for number in range(16)]
 
 

@@ -13,7 +13,7 @@ from transformers import BloomForCausalLM
 from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
 
 from compute.bloom import BloomBlock, BloomConfig, BloomSpan, alibi_bias, slopes
-from compute.cache import CacheBudget, KVCache
+from compute.cache import KVCache
 from compute.checkpoint import Checkpoint
 from compute.errors import CheckpointError
 from tests.checkpoints import VOCABULARY, make_checkpoint
@@ -34,14 +34,12 @@ def random_ids(batch: int, tokens: int) -> Tensor:
 
 
 def new_cache(span: BloomSpan, batch: int, tokens: int) -> KVCache:
-    return KVCache(span, CacheBudget(batch * tokens), batch=batch, max_length=tokens)
+    return KVCache.alone(span, batch, tokens)
 
 
 def step(span: BloomSpan, cache: KVCache, hidden: Tensor, position: int) -> Tensor:
-    cache.prepare(position, hidden.shape[1])
     with torch.inference_mode():
         output: Tensor = span(hidden, cache, position)
-    cache.commit(position + hidden.shape[1])
     return output
 
 

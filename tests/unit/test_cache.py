@@ -1,171 +1,81 @@
-"""Caches grow by need, within one budget, and go back by position."""
+"""Memory of slots: what is written, copied, put together and zeroed."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from torch import Tensor
 
 from compute.bloom import BloomBlock, BloomConfig, BloomSpan
-from compute.cache import CacheBudget, KVCache
-from compute.errors import BadInput, OutOfCache
+from compute.cache import KVCache, SlotMemory, free_cache_tokens
 
 CONFIG = BloomConfig(vocab_size=16, hidden_size=8, n_layer=2, n_head=2)
+SPAN = BloomSpan(CONFIG, 0, [BloomBlock(CONFIG), BloomBlock(CONFIG)]).requires_grad_(False)
 
 
-def make_span() -> BloomSpan:
-    return BloomSpan(CONFIG, 0, [BloomBlock(CONFIG), BloomBlock(CONFIG)])
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-SPAN = make_span()
+def test_memory_is_zeroed_at_first_and_at_the_end() -> None:
+    memory = SlotMemory(SPAN, 3, 20)
+    parts = [part for layer in memory.layers for part in layer]
+    assert [tuple(part.shape) for part in parts] == [(3, 2, 20, 4)] * 4
+    assert not any(part.any() for part in parts)
+    cache = KVCache(memory)
+    SPAN(normal(3, 7, 8), cache)
+    assert memory.written == 7
+    assert all(part[:, :, :7].any() and not part[:, :, 7:].any() for part in parts)
+    memory.outputs[7] = normal(3, 7, 8)
+    memory.wipe()
+    assert not any(part.any() for part in parts)
+    assert (memory.layers, memory.outputs) == ([], {})
 
 
-def advance(cache: KVCache, position: int, tokens: int) -> None:
-    cache.prepare(position, tokens)
-    cache.commit(position + tokens)
+def test_going_back_does_not_hide_what_is_to_be_zeroed() -> None:
+    cache = KVCache.alone(SPAN, 1, 20)
+    parts = [part for layer in cache.own.layers for part in layer]
+    SPAN(normal(1, 9, 8), cache)
+    SPAN(normal(1, 2, 8), cache)
+    cache.own.wipe()
+    assert not any(part.any() for part in parts)
 
 
-def test_nothing_is_taken_before_the_first_token() -> None:
-    budget = CacheBudget(1000)
-    cache = KVCache(SPAN, budget, batch=2, max_length=500)
-    assert (cache.capacity, cache.length, budget.used_tokens) == (0, 0, 0)
+def test_a_longer_slot_takes_tokens_over() -> None:
+    hidden = normal(2, 12, 8)
+    whole = SPAN(hidden, KVCache.alone(SPAN, 2, 12))
+    short, longer = KVCache.alone(SPAN, 2, 8), KVCache.alone(SPAN, 2, 16)
+    SPAN(hidden[:, :8], short)
+    longer.own.copy(short.own, 0, 0, 8)
+    torch.testing.assert_close(SPAN(hidden[:, 8:], longer, 8), whole[:, 8:])
 
 
-def test_capacity_doubles_up_to_the_longest() -> None:
-    budget = CacheBudget(1000)
-    cache = KVCache(SPAN, budget, batch=2, max_length=200)
-    capacities = []
-    for position in range(200):
-        advance(cache, position, 1)
-        capacities.append(cache.capacity)
-        assert budget.used_tokens == 2 * cache.capacity
-    assert sorted(set(capacities)) == [64, 128, 200]
-    keys, values = cache.layer(1)
-    assert keys.shape == values.shape == (2, 2, 200, 4)
+def test_rows_may_change_places_on_the_way() -> None:
+    hidden = normal(3, 5, 8)
+    old, new = KVCache.alone(SPAN, 3, 8), KVCache.alone(SPAN, 3, 8)
+    SPAN(hidden, old)
+    order = torch.tensor([2, 0, 2])
+    new.own.copy(old.own, 0, 0, 5, order)
+    for mine, theirs in zip(new.own.layers, old.own.layers, strict=True):
+        assert torch.equal(mine[0][:, :, :5], theirs[0][order][:, :, :5])
+        assert torch.equal(mine[1][:, :, :5], theirs[1][order][:, :, :5])
 
 
-def test_growth_keeps_what_is_written_and_zeroes_the_rest() -> None:
-    cache = KVCache(SPAN, CacheBudget(1000), batch=1, max_length=200)
-    cache.prepare(0, 64)
-    for index in range(2):
-        for part in cache.layer(index):
-            part.fill_(index + 1.0)
-    cache.commit(64)
-    advance(cache, 60, 70)
-    for index in range(2):
-        for part in cache.layer(index):
-            assert torch.all(part[:, :, :60] == index + 1.0)
-            assert torch.all(part[:, :, 64:] == 0.0)
+@pytest.mark.parametrize("shared", [1, 6, 9])
+def test_tokens_in_two_slots_give_the_bits_of_one(shared: int) -> None:
+    hidden = normal(2, 12, 8)
+    one, first = KVCache.alone(SPAN, 2, 64), KVCache.alone(SPAN, 2, 32)
+    SPAN(hidden[:, :shared], one)
+    SPAN(hidden[:, :shared], first)
+    before = [part.clone() for layer in first.own.layers for part in layer]
+    two = KVCache(SlotMemory(SPAN, 2, 16), first.own, shared)
+    for start, end in ((shared, 10), (10, 11), (11, 12)):
+        assert torch.equal(SPAN(hidden[:, start:end], two, start), SPAN(hidden[:, start:end], one, start))
+    assert two.own.written == 12 - shared
+    assert all(torch.equal(a, b) for a, b in zip(before, (p for layer in first.own.layers for p in layer), strict=True))
 
 
-def test_growth_takes_just_enough_where_twice_is_too_much() -> None:
-    budget = CacheBudget(100)
-    cache = KVCache(SPAN, budget, batch=1, max_length=200)
-    advance(cache, 0, 64)
-    advance(cache, 64, 10)
-    assert (cache.capacity, budget.free_tokens) == (74, 26)
-
-
-def test_a_full_budget_leaves_the_session_as_it_was() -> None:
-    budget = CacheBudget(150)
-    one = KVCache(SPAN, budget, batch=1, max_length=200)
-    other = KVCache(SPAN, budget, batch=1, max_length=200)
-    advance(one, 0, 100)
-    with pytest.raises(OutOfCache, match="50 of 150 are free") as caught:
-        advance(other, 0, 51)
-    assert caught.value.code == "out-of-cache"
-    assert (other.length, other.capacity, budget.used_tokens) == (0, 0, 100)
-    with pytest.raises(OutOfCache):
-        advance(one, 50, 101)
-    assert (one.length, one.capacity) == (100, 100)
-    one.close()
-    advance(other, 0, 51)
-
-
-def test_memory_that_torch_cannot_get_is_out_of_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_memory(*args: object, **kwargs: object) -> torch.Tensor:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-
-    budget = CacheBudget(1000)
-    cache = KVCache(SPAN, budget, batch=1, max_length=200)
-    advance(cache, 0, 10)
-    monkeypatch.setattr(torch, "zeros", no_memory)
-    with pytest.raises(OutOfCache, match="no memory"):
-        advance(cache, 10, 100)
-    assert (cache.length, cache.capacity, budget.used_tokens) == (10, 64, 64)
-
-
-def test_a_gap_is_refused_and_going_back_is_not() -> None:
-    cache = KVCache(SPAN, CacheBudget(1000), batch=1, max_length=50)
-    advance(cache, 0, 10)
-    with pytest.raises(BadInput) as caught:
-        advance(cache, 11, 1)
-    assert caught.value.code == "bad-position"
-    with pytest.raises(BadInput):
-        advance(cache, -1, 1)
-    advance(cache, 3, 2)
-    assert cache.length == 5
-
-
-def test_the_end_and_the_empty_step_are_refused() -> None:
-    cache = KVCache(SPAN, CacheBudget(1000), batch=1, max_length=10)
-    with pytest.raises(BadInput) as caught:
-        advance(cache, 0, 11)
-    assert caught.value.code == "too-long"
-    with pytest.raises(BadInput) as caught:
-        advance(cache, 0, 0)
-    assert caught.value.code == "bad-shape"
-
-
-def test_a_step_without_commit_is_as_if_gone_back() -> None:
-    cache = KVCache(SPAN, CacheBudget(1000), batch=1, max_length=10)
-    advance(cache, 0, 6)
-    cache.prepare(4, 3)
-    assert cache.length == 4
-    with pytest.raises(ValueError, match="cannot commit"):
-        cache.commit(3)
-
-
-def test_closing_gives_everything_back_once() -> None:
-    budget = CacheBudget(100)
-    cache = KVCache(SPAN, budget, batch=1, max_length=50)
-    advance(cache, 0, 5)
-    cache.close()
-    cache.close()
-    assert budget.used_tokens == 0
-    with pytest.raises(BadInput) as caught:
-        advance(cache, 0, 1)
-    assert caught.value.code == "no-session"
-
-
-def test_nonsense_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="max_tokens"):
-        CacheBudget(0)
-    with pytest.raises(ValueError, match="at least 1"):
-        KVCache(SPAN, CacheBudget(1), batch=0, max_length=1)
-    with pytest.raises(ValueError, match="cannot reserve"):
-        CacheBudget(1).reserve(-1)
-    with pytest.raises(ValueError, match="cannot release"):
-        CacheBudget(1).release(1)
-
-
-STEPS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 130), st.integers(1, 130), st.booleans()), max_size=30)
-
-
-@given(steps=STEPS)
-def test_the_budget_is_what_sessions_hold(steps: list[tuple[int, int, int, bool]]) -> None:
-    budget = CacheBudget(300)
-    caches = [KVCache(SPAN, budget, batch=batch, max_length=128) for batch in (1, 2, 3)]
-    for index, position, tokens, close in steps:
-        cache = caches[index]
-        if close:
-            cache.close()
-        else:
-            before = cache.length
-            try:
-                advance(cache, position, tokens)
-            except (BadInput, OutOfCache):
-                assert cache.length == before
-        assert 0 <= cache.length <= cache.capacity <= cache.max_length
-        assert budget.used_tokens == sum(cache.batch * cache.capacity for cache in caches) <= 300
+def test_half_of_the_free_memory() -> None:
+    token_bytes = (2 * 2 + 1) * 8 * 4
+    assert free_cache_tokens(SPAN, lambda: 1000 * token_bytes, 0.5) == 500
+    assert free_cache_tokens(SPAN, lambda: 0, 0.5) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -49,13 +50,17 @@ class GatedSpan(BloomSpan):
         self.gate = threading.Event()
         self.entered = threading.Semaphore(0)
         self.passes = 0
+        self.runs: list[tuple[int, int, int | None]] = []  # position, first block, block after the last
 
-    def forward(self, hidden: Tensor, cache: SpanCache | None = None, position: int = 0) -> Tensor:
+    def forward(
+        self, hidden: Tensor, cache: SpanCache | None = None, position: int = 0, first: int = 0, last: int | None = None
+    ) -> Tensor:
         self.passes += 1
+        self.runs.append((position, first, last))
         self.entered.release()
         if not self.gate.wait(20):
             raise TimeoutError("the test never opened the gate")
-        return super().forward(hidden, cache, position)
+        return super().forward(hidden, cache, position, first, last)
 
     async def wait_entered(self) -> None:
         await trio.to_thread.run_sync(self.entered.acquire)
@@ -83,10 +88,11 @@ async def test_prefill_and_decode_equal_the_whole_sequence() -> None:
 
 @pytest.mark.trio
 async def test_chunks_change_nothing() -> None:
-    span, hidden = make_span(), hidden_states(1, 23)
-    async with running(span, EngineSettings(chunk_tokens=5)) as engine:
-        session = await engine.open_session(batch=1, max_length=23)
+    span, hidden = make_span(), hidden_states(2, 43)
+    async with running(span, EngineSettings(chunk_tokens=10)) as engine:
+        session = await engine.open_session(batch=2, max_length=43)
         output = await engine.step(session, hidden, 0)
+        assert (engine.stats.steps, engine.stats.tokens, engine.session_length(session)) == (1, 86, 43)
     torch.testing.assert_close(output, span(hidden), rtol=1e-5, atol=1e-5)
 
 
@@ -162,11 +168,30 @@ async def test_bad_requests_are_refused_and_the_session_lives() -> None:
         for position in (-1, 1, True, 0.0, "0", None):
             assert await refusal(engine, session, good, position) == "bad-position"
         assert await refusal(engine, session, good, 7) == "too-long"
-        assert await refusal(engine, session, bad, 0) == "not-finite"
-        assert await refusal(engine, session, bad * float("inf"), 0) == "not-finite"
+        for order in ([0], [0, 2], [0, True], [-1, 0]):
+            with pytest.raises(BadInput) as caught:
+                await engine.step(session, good, 0, order)
+            assert caught.value.code == "bad-value"
         assert await refusal(engine, session + 1, good, 0) == "no-session"
         assert (engine.stats.steps, engine.stats.cache_used_tokens, engine.stats.waiting) == (0, 0, 0)
         await engine.step(session, good, 0)
+        assert await refusal(engine, session, good, 3) == "bad-position"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("tokens", [2, 40])
+@pytest.mark.trio
+async def test_values_that_are_not_finite_end_the_session(value: float, tokens: int) -> None:
+    async with running(make_span()) as engine:
+        session = await engine.open_session(batch=2, max_length=80)
+        bad = hidden_states(2, tokens)
+        await engine.step(session, bad.clone(), 0)
+        bad[1, tokens - 1, 3] = value
+        with pytest.raises(BadInput, match=r"in row 1 \(1 of 2 rows\)") as caught:
+            await engine.step(session, bad, 1)
+        assert caught.value.code == "not-finite"
+        assert (engine.stats.sessions, engine.stats.cache_used_tokens) == (0, 0)
+        assert await refusal(engine, session, hidden_states(2, 1), 0) == "no-session"
 
 
 @pytest.mark.trio
@@ -209,6 +234,8 @@ async def test_a_result_that_is_not_finite_is_not_given_out() -> None:
         with pytest.raises(BadOutput) as caught:
             await engine.step(session, hidden * 1e38, 0)
         assert caught.value.code == "bad-output"
+        assert await refusal(engine, session, hidden, 0) == "no-session"
+        session = await engine.open_session(batch=1, max_length=10)
         output = await engine.step(session, hidden, 0)
     torch.testing.assert_close(output, span(hidden), rtol=1e-5, atol=1e-5)
 
@@ -249,16 +276,19 @@ async def test_a_cancelled_step_that_waits_is_skipped() -> None:
 
 @pytest.mark.trio
 async def test_a_cancelled_step_that_runs_stops_at_the_next_chunk() -> None:
-    span, hidden = GatedSpan(), hidden_states(1, 8)
-    async with running(span, EngineSettings(chunk_tokens=2)) as engine:
-        session = await engine.open_session(batch=1, max_length=10)
+    span, hidden = GatedSpan(), hidden_states(1, 40)
+    async with running(span, EngineSettings(chunk_tokens=10)) as engine:
+        session = await engine.open_session(batch=1, max_length=40)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(engine.step, session, hidden, 0)
             await span.wait_entered()
             nursery.cancel_scope.cancel()
+        assert engine.stats.waiting == 1  # it cannot be interrupted
         span.gate.set()
         output = await engine.step(session, hidden, 0)
-        assert span.passes == 1 + 4
+        assert span.runs[0] == (0, 0, 1)  # a lone block, as long as nobody knows how long it takes
+        assert {run[0] for run in span.runs[1:]} == {0, 10, 20, 30}
+        assert [run[0] for run in span.runs[1:]] == sorted(run[0] for run in span.runs[1:])
     torch.testing.assert_close(output, make_span()(hidden), rtol=1e-5, atol=1e-5)
 
 
@@ -316,10 +346,10 @@ async def test_stopping_ends_what_waits() -> None:
 @pytest.mark.trio
 async def test_a_bug_in_the_model_reaches_the_caller_and_the_thread_lives() -> None:
     class Broken(BloomSpan):
-        def forward(self, hidden: Tensor, cache: SpanCache | None = None, position: int = 0) -> Tensor:
+        def forward(self, hidden: Tensor, *args: Any) -> Tensor:
             if hidden.shape[1] == 1:
                 raise ZeroDivisionError("a bug")
-            return super().forward(hidden, cache, position)
+            return super().forward(hidden, *args)
 
     async with running(Broken(CONFIG, 0, [BloomBlock(CONFIG)])) as engine:
         session = await engine.open_session(batch=1, max_length=10)
@@ -342,10 +372,10 @@ async def test_one_thread_runs_the_model_and_ends_with_it() -> None:
     threads: set[str] = set()
 
     class Watched(BloomSpan):
-        def forward(self, hidden: Tensor, cache: SpanCache | None = None, position: int = 0) -> Tensor:
+        def forward(self, *args: Any) -> Tensor:
             threads.add(threading.current_thread().name)
             assert torch.is_inference_mode_enabled()
-            return super().forward(hidden, cache, position)
+            return super().forward(*args)
 
     async with running(Watched(CONFIG, 0, [BloomBlock(CONFIG)])) as engine:
         session = await engine.open_session(batch=1, max_length=10)

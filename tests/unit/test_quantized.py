@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compute import checkpoint as checkpoint_module
 from compute.bloom import BloomBlock, BloomSpan, Step, quantize
 from compute.bloom.quantized import LAYERS, put_together, take_apart
-from compute.cache import CacheBudget, KVCache
+from compute.cache import KVCache
 from compute.checkpoint import Checkpoint
 from compute.errors import CheckpointError
 from compute.linear import BACKENDS, backend
@@ -90,12 +90,10 @@ SPANS = {name: tiny(3, 5, name) for name in INDEPENDENT}
 
 def fill(span: BloomSpan, batch: int, tokens: int, seed: int) -> KVCache:
     """A session that has had some tokens."""
-    cache = KVCache(span, CacheBudget(4096), batch=batch, max_length=64)
+    cache = KVCache.alone(span, batch, 64)
     if tokens:
-        cache.prepare(0, tokens)
         with torch.inference_mode():
             span(normal(batch, tokens, WIDTH, seed=seed), cache, 0)
-        cache.commit(tokens)
     return cache
 
 
@@ -111,8 +109,6 @@ def test_a_session_has_its_bits_whoever_shares_the_step(name: str, sessions: lis
     for number, (batch, tokens, new) in enumerate(sessions):
         hidden = normal(batch, new, WIDTH, seed=100 + number)
         lone, shared = (fill(span, batch, tokens, number) for _ in range(2))
-        for cache in (lone, shared):
-            cache.prepare(tokens, new)
         with torch.inference_mode():
             alone.append(span(hidden, lone, tokens))
         steps.append(Step(hidden, shared, tokens))
@@ -123,7 +119,7 @@ def test_a_session_has_its_bits_whoever_shares_the_step(name: str, sessions: lis
         assert torch.equal(ours, expected)
     for lone, shared, end in caches:
         for index in range(len(span)):
-            for expected, ours in zip(lone.layer(index), shared.layer(index), strict=True):
+            for expected, ours in zip(lone.own.layers[index], shared.own.layers[index], strict=True):
                 assert torch.equal(ours[:, :, :end], expected[:, :, :end])
 
 
@@ -133,12 +129,10 @@ def test_a_row_of_a_session_has_its_bits_alone(name: str, rows: int, tokens: int
     span, steps = SPANS[name], normal(rows, tokens + 1, WIDTH, seed=7)
     outputs = []
     for chosen in (slice(0, rows), slice(0, 1), slice(rows - 1, rows)):
-        cache = KVCache(span, CacheBudget(4096), batch=len(steps[chosen]), max_length=64)
+        cache = KVCache.alone(span, len(steps[chosen]), 64)
         with torch.inference_mode():
             for position in range(tokens + 1):
-                cache.prepare(position, 1)
                 output = span(steps[chosen, position : position + 1], cache, position)
-                cache.commit(position + 1)
         outputs.append(output)
     whole, first, last = outputs
     assert torch.equal(whole[:1], first) and torch.equal(whole[-1:], last)

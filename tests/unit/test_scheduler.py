@@ -131,6 +131,26 @@ def test_a_batch_takes_what_is_ready_in_the_least_bucket() -> None:
         assert scheduler.next_batch(0.0) is None
 
 
+def test_what_turns_out_not_to_be_possible_is_withdrawn_and_costs_nothing() -> None:
+    scheduler = Scheduler(MANY)
+    tickets = [scheduler.submit(decode(number), 0.0) for number in range(3)]
+    after = scheduler.submit(decode(0), 0.0)
+    batch = scheduler.next_batch(0.0)
+    assert batch is not None
+    rest = scheduler.withdraw(batch, tickets[:1])
+    assert rest is not None
+    assert [each.ticket for each in rest.slices] == tickets[1:]
+    assert (rest.rows, rest.bucket, tickets[0].state, after.state) == (2, 2, State.FAILED, State.WAITING)
+    with pytest.raises(ValueError, match="does not run"):
+        scheduler.withdraw(batch, tickets)
+    assert scheduler.done(rest, 0.01, 0.01) == tuple(tickets[1:])
+    assert scheduler._queues[Tier.DECODE]._tags[0] == 0.0  # the peer whose step was withdrawn owes nothing
+    last = scheduler.next_batch(0.01)
+    assert last is not None and last.slices[0].ticket is after
+    assert scheduler.withdraw(last, [after]) is None
+    assert (len(scheduler), scheduler._running) == (0, set())
+
+
 def test_a_batch_holds_no_more_than_its_rows_and_one_group() -> None:
     scheduler = Scheduler(MANY)
     for number in range(3):

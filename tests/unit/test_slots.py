@@ -52,8 +52,8 @@ def test_room_grows_by_need_in_buckets() -> None:
         lengths.append(place.slot.length)
         assert slots.used_tokens == 2 * place.slot.length
         if position and change.granted:
-            assert change.left is not None
-            assert change.copy == Copy(source=change.left, source_first=0, target_first=0, start=0, stop=position)
+            [left] = change.left
+            assert change.copies == (Copy(source=left, source_first=0, target_first=0, start=0, stop=position),)
     assert sorted(set(lengths)) == [16, 32, 64, 128, 256]
     assert slots.close("s").freed == (Slot(rows=2, length=256, index=0),)
     assert (slots.used_tokens, slots.held_tokens("p"), slots.sessions()) == (0, 0, 0)
@@ -97,7 +97,7 @@ def test_wrong_steps_are_refused(position: int, tokens: int, code: str) -> None:
         slots.reserve("other", 0, 1, 0.0)
 
 
-@pytest.mark.parametrize(("rows", "length", "code"), [(0, 1, "bad-value"), (1, 257, "too-long"), (5, 256, "too-long")])
+@pytest.mark.parametrize(("rows", "length", "code"), [(0, 1, "bad-value"), (1, 257, "too-long"), (1025, 1, "too-long")])
 def test_sessions_that_never_fit_are_refused(rows: int, length: int, code: str) -> None:
     with pytest.raises(BadInput) as caught:
         Slots(SMALL).open("s", "p", rows=rows, max_length=length, now=0.0)
@@ -123,6 +123,58 @@ def test_closing_waits_for_the_step() -> None:
     assert slots.commit("s", 10, 0.0).freed == (Slot(rows=1, length=16, index=0),)
     assert (slots.used_tokens, slots.sessions("p")) == (0, 0)
     assert slots.close("s") == Change()
+
+
+def test_room_is_given_for_what_is_written_not_for_what_may_be() -> None:
+    """Five rows of 256 tokens are more than the cache; of 200 they are not, though the next bucket would be."""
+    slots = Slots(SMALL)
+    slots.open("s", "p", rows=5, max_length=256, now=0.0)
+    assert write(slots, "s", 0, 200).granted == Slot(rows=5, length=1024 // 5, index=0)
+    with pytest.raises(BadInput) as caught:
+        slots.reserve("s", 200, 10, 0.0)
+    assert caught.value.code == "too-long"
+    assert slots.place("s").length == 200
+
+
+def test_a_session_that_is_reset_is_as_new() -> None:
+    slots = with_prefix()
+    write(slots, "second", 30, 10)
+    assert slots.reset("second", 0.0).freed == (Slot(rows=1, length=16, index=0),)
+    assert (slots.place("second").length, slots.used_tokens) == (0, 64)
+    assert slots.begin_with("second", [(16, b"16")], 0.0) == 16
+    slots.reserve("first", 40, 1, 0.0)
+    with pytest.raises(ValueError, match="within a step"):
+        slots.reset("first", 0.0)
+
+
+def test_rows_change_places_in_a_slot_that_nobody_else_reads() -> None:
+    slots = with_prefix()
+    shared = slots.place("first").slot
+    assert shared is not None
+    write(slots, "second", 30, 10)
+    second = slots.place("second").slot
+    assert second is not None
+    change = slots.reserve("second", 40, 1, 0.0, anew=True)
+    assert change.copies == (
+        Copy(source=shared, source_first=0, target_first=0, start=0, stop=30),
+        Copy(source=second, source_first=30, target_first=0, start=30, stop=40),
+    )
+    assert (change.granted, change.left) == (Slot(rows=1, length=64, index=1), (second,))
+    slots.commit("second", 41, 0.0)
+    change = slots.reserve("second", 41, 1, 0.0, anew=True)  # of the same shape: another slot all the same
+    assert change.granted == Slot(rows=1, length=64, index=2)
+    assert change.left == (Slot(rows=1, length=64, index=1),)
+
+
+def test_who_reads_keeps_the_order_of_rows() -> None:
+    slots = with_prefix()
+    shared = slots.place("first").slot
+    change = slots.reserve("first", 35, 1, 0.0, anew=True)
+    assert (change.left, slots.place("second").shared_slot) == ((), shared)
+    slots.abort("first", 0.0)
+    slots.close("first")
+    assert slots.close("second").freed == (shared,)
+    assert slots.used_tokens == 0
 
 
 # Leases
@@ -327,7 +379,7 @@ def test_what_others_read_is_not_overwritten() -> None:
     slots = with_prefix()
     shared = slots.place("second").shared_slot
     change = write(slots, "first", 20, 5)
-    assert change.copy is None
+    assert change.copies == ()
     place = slots.place("first")
     assert (place.shared, place.shared_slot, place.slot) == (20, shared, Slot(rows=1, length=16, index=0))
     assert slots.place("second").shared_slot == shared
@@ -338,8 +390,8 @@ def test_growing_beside_readers_copies_only_what_they_do_not_read() -> None:
     shared = slots.place("first").slot
     change = write(slots, "first", 40, 100)
     assert shared is not None
-    assert change.copy == Copy(source=shared, source_first=0, target_first=30, start=30, stop=40)
-    assert (change.left, change.granted) == (None, Slot(rows=1, length=128, index=0))
+    assert change.copies == (Copy(source=shared, source_first=0, target_first=30, start=30, stop=40),)
+    assert (change.left, change.granted) == ((), Slot(rows=1, length=128, index=0))
     assert slots.place("first").shared == 30
 
 
@@ -410,13 +462,12 @@ class Driver:
         if change.granted is not None:
             assert change.granted not in self.memory, "given out twice"
             new = self.memory[change.granted] = {}
-            if change.copy is not None:
-                copy = change.copy
+            for copy in change.copies:
                 old = self.memory[copy.source]
                 for token in range(copy.start, copy.stop):
                     new[token - copy.target_first] = old[token - copy.source_first]
-        if change.left is not None:
-            del self.memory[change.left]
+        for slot in change.left:
+            del self.memory[slot]
 
     def read(self, slots: Slots, session: Hashable) -> list[int]:
         place = slots.place(session)
@@ -479,14 +530,14 @@ class AnyOrder(RuleBasedStateMachine):
             self.peers[self.count], self.rows[self.count], self.has[self.count] = peer, rows, []
 
     @precondition(lambda self: self.usable())
-    @rule(data=st.data(), tokens=st.integers(1, 64))
-    def reserve(self, data: st.DataObject, tokens: int) -> None:
+    @rule(data=st.data(), tokens=st.integers(1, 64), anew=st.booleans())
+    def reserve(self, data: st.DataObject, tokens: int, anew: bool) -> None:
         session = data.draw(st.sampled_from(self.usable()))
         position = data.draw(st.integers(0, min(63, len(self.has[session]))))
         tokens = min(tokens, 64 - position)
         before = self.slots.place(session)
         try:
-            self.follow(self.slots.reserve(session, position, tokens, self.now))
+            self.follow(self.slots.reserve(session, position, tokens, self.now, anew=anew))
         except NoRoom as refused:
             assert 0.25 <= refused.retry_after_s <= 60
             self.follow(refused.change)
@@ -522,6 +573,13 @@ class AnyOrder(RuleBasedStateMachine):
         position = data.draw(st.integers(0, len(self.has[session])))
         self.slots.set_back(session, position, self.now)
         self.has[session] = self.has[session][:position]
+
+    @precondition(lambda self: self.usable())
+    @rule(data=st.data())
+    def reset(self, data: st.DataObject) -> None:
+        session = data.draw(st.sampled_from(self.usable()))
+        self.follow(self.slots.reset(session, self.now))
+        self.has[session] = []
 
     @precondition(lambda self: self.usable())
     @rule(data=st.data())
