@@ -122,6 +122,7 @@ def run_generate(options: argparse.Namespace) -> int:
     if not prompt:
         raise console.UserError("the prompt is empty: give at least one character")
     how = sampling_options(options)
+    console.tell_warnings("client")
     if options.seed is not None and not how["do_sample"]:
         raise console.UserError(
             "--seed does nothing without sampling: add --temperature, --top-p or --top-k, or leave it out"

@@ -54,7 +54,8 @@ def run(prompt: str, max_new_tokens: int, *, as_json: bool) -> int:
         nodes = [
             start(
                 f"node-{index}",
-                *("serve", MODEL, "--blocks", span, "--threads", "1", "--bootstrap", address, "--listen", LOOPBACK),
+                *("serve", MODEL, "--blocks", span, "--threads", "1", "--quantize", "fp32"),
+                *("--bootstrap", address, "--listen", LOOPBACK),
             )
             for index, span in enumerate(SPANS)
         ]

@@ -31,6 +31,7 @@ CHECK_S = 0.5  # of waiting, after which a node has to show that it is there
 RETURN_S = 12.0  # for a node whose connection broke; it keeps the session for 15
 PATIENCE_S = 1.5  # the same, where others could take its place
 AGAIN_S = 0.25  # before the next try to reach it
+TELL_S = 2.0  # of waiting, after which whoever looks at warnings hears why
 LOOK_S = 1.0  # before the next look at what it announces
 BUSY_TRIES = 5
 MAX_RETRY_AFTER_S = 10.0  # a node that wants to be left alone for longer is asked again all the same
@@ -197,10 +198,16 @@ class Leg:
         with trio.move_on_after(RETURN_S) as scope:
             async with open_service_nursery() as nursery:
                 nursery.start_soon(self._follow, began, scope)
+                nursery.start_soon(self._tell_of, scope)
                 await self._try_to_move()
                 nursery.cancel_scope.cancel()
         if scope.cancelled_caught:
             raise error
+
+    async def _tell_of(self, scope: trio.CancelScope) -> None:
+        await trio.sleep(TELL_S)
+        start, end, left_s = self.hop.start, self.hop.end, scope.deadline - trio.current_time()
+        logger.warning("lost %s (blocks %d:%d); looking for it for %.0f s", self._node.peer_id, start, end, left_s)
 
     async def _try_to_move(self) -> None:
         while True:

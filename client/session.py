@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 STEP_TIMEOUT_S = 60.0
 WAIT_S = 20.0  # of one step, for nodes that fail, while no others could take their place
+OPENING_WAIT_S = 4.0  # the same, while nothing has been computed that could be lost
 AGAIN_S = 0.5  # before the second try with a node that failed; twice as long before each further one, up to
 MAX_AGAIN_S = 4.0
 LOOK_S = 0.5  # before the next look at who is there
@@ -186,13 +187,16 @@ class Session:
                 no node has failed.
             SessionFailed: one node after another has failed for so long.
         """
+        told = False
         while True:
             try:
                 return self._choose_from(await self._find_nodes())
             except (MissingBlocks, UnknownModel, errors.NetError) as error:
                 if not self._failed or self._out_of_patience():
                     raise
-                logger.info("waiting for nodes: %s", error)
+                if not told:
+                    logger.warning("waiting for nodes: %s", error)
+                told = True
             await trio.sleep(LOOK_S)
 
     def _choose_from(self, nodes: list[NodeAnnouncement]) -> list[Hop]:
@@ -207,17 +211,21 @@ class Session:
         if self._out_of_patience():
             last = next(reversed(self._failed.values())).reason
             raise SessionFailed(
-                f"nodes failed one after another for {WAIT_S:g} s, the last one for: {last}; the swarm may be "
-                f"overloaded: try again later"
+                f"nodes failed one after another for {self._patience_s:g} s, the last one for: {last}; the swarm may "
+                f"be overloaded: try again later"
             )
         return chain
+
+    @property
+    def _patience_s(self) -> float:
+        return WAIT_S if self._history else OPENING_WAIT_S
 
     def _out_of_patience(self) -> bool:
         """Whether nodes have failed for too long in this step. Its first failure starts the clock."""
         if not self._failed:
             return False
         if self._gives_up_at is None:
-            self._gives_up_at = trio.current_time() + WAIT_S
+            self._gives_up_at = trio.current_time() + self._patience_s
         return trio.current_time() >= self._gives_up_at
 
     async def _open_hops(self, chain: list[Hop], batch: int) -> None:

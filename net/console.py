@@ -184,6 +184,19 @@ def _set_up_output(*, verbose: bool) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
+def tell_warnings(logger: str) -> None:
+    """Show this logger's warnings to the user, as notes on standard error. With ``--verbose`` the log has them."""
+    own = logging.getLogger(logger)
+    if logging.getLogger().isEnabledFor(logging.WARNING) or sys.stderr is None:
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("\nraceme: note: %(message)s"))  # text may be in the middle of a line
+    handler.setLevel(logging.WARNING)
+    own.setLevel(logging.WARNING)
+    own.addHandler(handler)
+    own.propagate = False
+
+
 def describe(error: BaseException) -> str:
     """An error as one line. Our own errors are fit to be shown; others are bugs, or the machine's."""
     text = " ".join(str(error).split()) or type(error).__name__

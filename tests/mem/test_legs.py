@@ -304,6 +304,18 @@ async def test_a_node_that_keeps_failing_is_asked_less_and_less_often(autojump_c
         assert trio.current_time() - asked_at <= 1
 
 
+async def test_nodes_that_fail_from_the_beginning_are_not_waited_for_long(autojump_clock: MockClock) -> None:
+    async with world_of((0, 4)) as (world, session):
+        await session.aclose()
+        world.nodes[0].refuses = RpcError("internal", "a bug")
+        another = Session(world.host, world.find_nodes)
+        began = trio.current_time()
+        with pytest.raises(MissingBlocks, match="a bug"):
+            await another.step(HIDDEN)
+        assert trio.current_time() - began == pytest.approx(4, abs=0.6)
+        await another.aclose()
+
+
 async def test_many_nodes_that_fail_are_not_all_tried(autojump_clock: MockClock) -> None:
     async with world_of(*[(0, 4)] * 12) as (world, session):
         for node in world.nodes:
@@ -379,3 +391,20 @@ async def test_a_node_that_puts_a_move_off_holds_up_no_cancellation(autojump_clo
             cancelled_at = trio.current_time()
             nursery.cancel_scope.cancel()
         assert trio.current_time() - cancelled_at <= 5
+
+
+async def test_whoever_waits_is_told_why(autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:
+    async with world_of(*HALVES) as (world, session):
+        lost = world.nodes[1]
+        await trio.sleep(1)
+        world.nursery.start_soon(world.move, lost, 1.0)
+        assert await timed(session) <= 3
+        assert not caplog.records  # it was soon over
+        lost.line.cut()
+        await world.end_connections(lost)
+        with pytest.raises(ClientError):
+            await session.step(HIDDEN)
+        told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert told[0] == f"lost {lost.peer_id} (blocks 2:4); looking for it for 10 s"
+        assert told[1].startswith("replacing a node: ")
+        assert told[2].startswith("waiting for nodes: blocks 2:4 ")

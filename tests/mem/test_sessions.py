@@ -649,7 +649,7 @@ async def test_a_node_that_stays_busy_is_given_up(odd: Reference, monkeypatch: p
     async def busy(self: Any, message: Message) -> Message:
         raise RpcError("out-of-cache", "no room left", 0.001)
 
-    monkeypatch.setattr(client.session, "WAIT_S", 1.0)
+    monkeypatch.setattr(client.session, "OPENING_WAIT_S", 1.0)
     async with swarm_of(odd.folder, TWO) as swarm:
         monkeypatch.setattr(compute.node._NodeSession, "step", busy)
         with trio.fail_after(8), pytest.raises(MissingBlocks) as caught:
@@ -662,7 +662,7 @@ async def test_all_nodes_fail_one_after_another(odd: Reference, monkeypatch: pyt
     async def broken(self: Any, message: Message) -> Message:
         raise RpcError("internal", "a bug")
 
-    monkeypatch.setattr(client.session, "WAIT_S", 1.0)
+    monkeypatch.setattr(client.session, "OPENING_WAIT_S", 1.0)
     async with swarm_of(odd.folder, [(0, 5)] * 6) as swarm:
         monkeypatch.setattr(compute.node._NodeSession, "step", broken)
         with trio.fail_after(8), pytest.raises(MissingBlocks, match=r"blocks 0:5.*a bug"):
