@@ -173,6 +173,7 @@ class Checkpoint:
         *,
         linear: str | None = None,
         kept: KeptWeights | None = None,
+        device: torch.device | str = "cpu",
     ) -> BloomSpan:
         """Blocks ``[start, end)``, with the digests of their weights.
 
@@ -184,20 +185,22 @@ class Checkpoint:
             end: Index after the last block.
             dtype: What weights are converted to.
             progress: Called with (blocks loaded, blocks in all), first with 0 and last with all.
-            linear: Backend of the linear layers (:data:`compute.linear.BACKENDS`), with float32 for the rest;
-                ``None`` for plain layers in ``dtype``.
+            linear: Backend of the linear layers (:data:`compute.linear.BACKENDS`), on the CPU with float32 for the
+                rest; ``None`` for plain layers in ``dtype``.
             kept: Where quantised weights are looked for and kept, for backends whose weights are worth it.
+            device: Where the blocks are to be; they are quantised there, one after another.
 
         Raises:
             CheckpointError: See the class; also, that the weights do not fit into the backend's form.
-            ValueError: The span is empty or not within the model, there is no such backend, or it comes together with
-                another dtype than float32.
+            ValueError: The span is empty or not within the model, there is no such backend, or on the CPU it comes
+                together with another dtype than float32.
             RuntimeError: This machine lacks the backend's kernel.
         """
+        device = torch.device(device)
         if linear is not None:
-            if dtype != torch.float32:
+            if dtype != torch.float32 and device.type == "cpu":
                 raise ValueError(f"linear layers {linear} come with float32, not with {dtype}")
-            kept = kept if backend(linear).is_kept else None
+            kept = kept if backend(linear, device).is_kept else None
         if not 0 <= start < end <= self.n_blocks:
             raise ValueError(f"span [{start}, {end}) is not within the {self.n_blocks} blocks of {self.name}")
         report = progress or (lambda done, total: None)
@@ -207,16 +210,17 @@ class Checkpoint:
         with contextlib.ExitStack() as stack:
             shards: dict[str, Shard] = {}
             for index in range(start, end):
-                block, digest = self._find_kept(index, linear, kept) if linear and kept else (None, "")
+                key = {"linear": linear, "dtype": str(dtype), "device": device.type}
+                block, digest = self._find_kept(index, key, kept, device) if linear and kept else (None, "")
                 if block is None:
                     self._open_shards(self._files_of(f"h.{index}."), shards, stack)
                     state, digest = self._read_block(index, dtype, shards)
                     with torch.device("meta"):
                         block = BloomBlock(self.config)
-                    _assign(block, state)
+                    _assign(block, state).to(device)
                     del state
                     if linear is not None:
-                        self._quantize(block, index, linear, kept, digest)
+                        self._quantize(block, index, linear, kept, key, digest)
                 blocks.append(block)
                 digests.append(digest)
                 report(len(blocks), end - start)
@@ -310,32 +314,42 @@ class Checkpoint:
             raise CheckpointError(f"{path}: not a JSON object; get the file again")
         return content
 
-    def _find_kept(self, index: int, linear: str, kept: KeptWeights) -> tuple[BloomBlock | None, str]:
+    def _find_kept(
+        self, index: int, form: Mapping[str, object], kept: KeptWeights, device: torch.device
+    ) -> tuple[BloomBlock | None, str]:
         """A block that was kept, and the digest of what it was made from."""
-        found = kept.get(self._kept_key(index, linear))
+        found = kept.get(self._kept_key(index, form))
         if found is None or not _HEX_DIGEST.fullmatch(found.source):
             return None, ""
         try:
-            return put_together(self.config, linear, found.tensors), found.source
+            return put_together(self.config, str(form["linear"]), found.tensors, device), found.source
         except (KeyError, ValueError) as exc:
             _log.warning("block %d of %s: what was kept does not fit, and is made anew (%s)", index, self.name, exc)
             return None, ""
 
-    def _quantize(self, block: BloomBlock, index: int, linear: str, kept: KeptWeights | None, digest: str) -> None:
+    def _quantize(
+        self,
+        block: BloomBlock,
+        index: int,
+        linear: str,
+        kept: KeptWeights | None,
+        form: Mapping[str, object],
+        digest: str,
+    ) -> None:
         try:
             quantize(block, linear)
         except ValueError as exc:
             raise CheckpointError(f"{self.label}: block {index} has {exc}") from exc
         if kept is not None:
-            kept.put(self._kept_key(index, linear), take_apart(block), digest)
+            kept.put(self._kept_key(index, form), take_apart(block), digest)
 
-    def _kept_key(self, index: int, linear: str) -> dict[str, object]:
+    def _kept_key(self, index: int, form: Mapping[str, object]) -> dict[str, object]:
         """What decides a quantised block; reading the weights themselves is what keeping them saves."""
         files = []
         for file in sorted(self._files_of(f"h.{index}.")):
             status = self.file(file).stat()
             files.append([file, status.st_size, status.st_mtime_ns])
-        return {"model": self.digest, "block": index, "linear": linear, "files": files}
+        return {"model": self.digest, "block": index, **form, "files": files}
 
     def _files_of(self, prefix: str) -> set[str]:
         return {file for name, (_, file) in self._tensors.items() if name.startswith(prefix)}

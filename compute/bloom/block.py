@@ -157,25 +157,25 @@ class BloomBlock(nn.Module):
         hidden = self.self_attention(normed, bias, cache, index, position) + residual  # [b, t, d]
         return self._finish(hidden)  # [b, t, d]
 
-    def together(self, hidden: Tensor, parts: Sequence[_Part], index: int) -> Tensor:
-        """Run the block on steps of several sessions, as the span's block ``index``.
+    def enter(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What comes before attention; tokens do not see each other.
 
         Shapes:
-            hidden: [n, d], all their tokens, one part after another
+            hidden: [n, d]
+            returns: the residual, [n, d], and what attention is made from, [n, 3d]
+        """
+        normed: Tensor = self.input_layernorm(hidden)  # [n, d]
+        return normed if self.post_layernorm_residual else hidden, self.self_attention.query_key_value(normed)
+
+    def leave(self, merged: Tensor, residual: Tensor) -> Tensor:
+        """What comes after attention; tokens do not see each other.
+
+        Shapes:
+            merged: [n, d], what attention gave
+            residual: [n, d]
             returns: [n, d]
         """
-        attention = self.self_attention
-        normed: Tensor = self.input_layernorm(hidden)  # [n, d]
-        residual = normed if self.post_layernorm_residual else hidden  # [n, d]
-        fused: Tensor = attention.query_key_value(normed)  # [n, 3d]
-        merged = torch.empty_like(normed)  # [n, d]
-        for part in parts:
-            rows = slice(part.start, part.start + part.b * part.t)
-            step = part.step
-            own = fused[rows].view(part.b, part.t, -1)  # [b, t, 3d]
-            context = attention.attend(own, part.bias, step.cache, index, step.position)  # [b, t, d]
-            merged[rows] = context.view(part.b * part.t, -1)  # [b * t, d]
-        return self._finish(attention.dense(merged) + residual)  # [n, d]
+        return self._finish(self.self_attention.dense(merged) + residual)  # [n, d]
 
     def _finish(self, hidden: Tensor) -> Tensor:
         """What comes after attention: [..., d] to [..., d]."""
@@ -183,6 +183,62 @@ class BloomBlock(nn.Module):
         residual = normed if self.post_layernorm_residual else hidden  # [..., d]
         output: Tensor = self.mlp(normed) + residual  # [..., d]
         return output
+
+
+class Segments(Protocol):
+    """What lies between the attentions of a span's blocks: first what comes before the first one (:meth:`begin`), then
+    for each block what comes after its attention and before the next one's (:meth:`go_on`).
+    """
+
+    def begin(self, hidden: Tensor) -> Tensor:
+        """Shapes:
+        hidden: [n, d]
+        returns: [n, 3d], what the first block's attention is made from; it holds until the next call
+        """
+
+    @property
+    def room(self) -> Tensor:
+        """Where attention's result is to be written: [n, d]."""
+
+    def go_on(self, index: int) -> Tensor:
+        """Shapes:
+        returns: [n, 3d] for the block after ``index``; after the last one the span's output, [n, d]
+        """
+
+
+class Graphs(Protocol):
+    """Segments made beforehand: ``compute.bloom.graphs``."""
+
+    def segments(self, rows: int) -> Segments | None:
+        """Those for so many rows; ``None`` where there are none."""
+
+
+class EagerSegments:
+    """Segments run kernel by kernel."""
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        """Take a span's blocks."""
+        self._blocks = [block for block in blocks if isinstance(block, BloomBlock)]
+        self._residual = self._room = torch.empty(0)
+
+    @property
+    def room(self) -> Tensor:
+        """See :class:`Segments`."""
+        return self._room
+
+    def begin(self, hidden: Tensor) -> Tensor:
+        """See :class:`Segments`."""
+        self._room = torch.empty_like(hidden)  # [n, d]
+        self._residual, fused = self._blocks[0].enter(hidden)
+        return fused  # [n, 3d]
+
+    def go_on(self, index: int) -> Tensor:
+        """See :class:`Segments`."""
+        hidden = self._blocks[index].leave(self._room, self._residual)  # [n, d]
+        if index + 1 == len(self._blocks):
+            return hidden
+        self._residual, fused = self._blocks[index + 1].enter(hidden)
+        return fused  # [n, 3d]
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,6 +266,7 @@ class BloomSpan(nn.Module):
         end: Index after the last block.
         block_digests: Digest of each block's weights as stored; empty when they come from no checkpoint.
         digest: Digest of the span's weights, or ``""``.
+        graphs: What :meth:`together` runs instead of single kernels, for the numbers of rows that they are made for.
     """
 
     def __init__(
@@ -237,6 +294,7 @@ class BloomSpan(nn.Module):
         self.digest = digest
         # Not a buffer: the slopes stay float32 whatever the weights are converted to.
         self._slopes = slopes(config.n_head)  # [h]
+        self.graphs: Graphs | None = None
 
     def __len__(self) -> int:
         """Number of blocks."""
@@ -349,10 +407,22 @@ class BloomSpan(nn.Module):
             parts.append(_Part(step=step, start=start, b=b, t=t, bias=bias))
             start += b * t
         width = self.config.hidden_size
-        hidden = torch.cat([step.hidden.reshape(-1, width) for step in steps])  # [n, d]
+        segments = self._segments(start)
+        fused = segments.begin(torch.cat([step.hidden.reshape(-1, width) for step in steps]))  # [n, 3d]
         for index, block in enumerate(self.blocks):
-            hidden = block.together(hidden, parts, index)  # type: ignore[operator]  # a BloomBlock; [n, d]
-        return hidden
+            merged = segments.room  # [n, d]
+            for part in parts:
+                rows = slice(part.start, part.start + part.b * part.t)
+                own = fused[rows].view(part.b, part.t, -1)  # [b, t, 3d]
+                attention: BloomAttention = block.self_attention  # type: ignore[assignment]  # block is a BloomBlock
+                context = attention.attend(own, part.bias, part.step.cache, index, part.step.position)  # [b, t, d]
+                merged[rows] = context.view(part.b * part.t, -1)  # [b * t, d]
+            fused = segments.go_on(index)  # [n, 3d]; after the last block [n, d]
+        return fused
+
+    def _segments(self, rows: int) -> Segments:
+        found = None if self.graphs is None else self.graphs.segments(rows)
+        return EagerSegments(self.blocks) if found is None else found
 
     def bias(self, hidden: Tensor, position: int) -> Tensor:
         """What blocks add to the scores of a step's tokens; see :func:`alibi_bias`.
@@ -363,4 +433,6 @@ class BloomSpan(nn.Module):
         """
         if self._slopes.device != hidden.device:
             self._slopes = self._slopes.to(hidden.device)  # [h]
-        return alibi_bias(self._slopes, position, hidden.shape[1])  # [1, h, t, L]
+        bias = alibi_bias(self._slopes, position, hidden.shape[1])  # [1, h, t, L]
+        # A GPU's fused kernels want one dtype for all. Rounded, what is relative is exact where it is near.
+        return bias.to(hidden.dtype) if hidden.is_cuda else bias

@@ -56,19 +56,22 @@ def take_apart(block: BloomBlock) -> dict[str, Tensor]:
     return tensors
 
 
-def put_together(config: BloomConfig, name: str, tensors: Mapping[str, Tensor]) -> BloomBlock:
-    """The block that :func:`take_apart` took apart.
+def put_together(
+    config: BloomConfig, name: str, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu"
+) -> BloomBlock:
+    """The block that :func:`take_apart` took apart, on a device.
 
     Raises:
         KeyError: A tensor is missing.
         ValueError: One does not fit.
     """
+    tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
     with torch.device("meta"):
         block = BloomBlock(config)
     for path in LAYERS:
         plain = block.get_submodule(path)
         parts = {key.partition(":")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{path}:")}
-        layer = backend(name).restore(parts, tensors[f"{path}.bias"])
+        layer = backend(name, device).restore(parts, tensors[f"{path}.bias"])
         if not isinstance(plain, nn.Linear) or layer.dense_shape != (plain.out_features, plain.in_features):
             raise ValueError(f"{path} has another shape")
         block.set_submodule(path, layer)

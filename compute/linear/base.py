@@ -38,6 +38,7 @@ class FrozenLinear(nn.Module, ABC):
         kernel: Who multiplies; a part of what is announced.
         rows_independent: A row's result has the same bits alone and beside any others, up to 32 rows.
         is_kept: Quantising takes long enough to keep the result on disk.
+        is_recordable: A CUDA graph can play it back: what it does depends on no values.
         in_features: Width of the input.
         out_features: Width of the output.
     """
@@ -46,6 +47,7 @@ class FrozenLinear(nn.Module, ABC):
     kernel: ClassVar[str] = "torch"
     rows_independent: ClassVar[bool] = False
     is_kept: ClassVar[bool] = False
+    is_recordable: ClassVar[bool] = True
 
     bias: nn.Parameter
 

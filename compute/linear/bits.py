@@ -189,6 +189,7 @@ class LlmInt8Linear(FrozenLinear):
     name = "llm-int8"
     kernel = "bitsandbytes"
     is_kept = True
+    is_recordable = False
     threshold: ClassVar[float] = 6.0
 
     def __init__(self, in_features: int, out_features: int, bias: Tensor, levels: Tensor, scale: Tensor) -> None:
