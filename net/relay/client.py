@@ -42,7 +42,8 @@ class RelayClientSettings:
     candidates_s: float = 10.0  # for the candidates to be named
     search_s: float = 10.0  # before candidates are asked for again when all known ones have failed
     steady_s: float = 10.0  # a reservation that was held for so long was a good one: its relay is asked again at once
-    backoff_s: float = 2.0  # before a candidate that failed is tried again; doubled each time,
+    backoff_s: float = 2.0  # before a candidate that failed is tried again; doubled each time that somebody else is
+    # there (where nobody is, our own network is down, and whoever answers first tells that it is mended),
     max_backoff_s: float = 3600.0  # up to this
     max_candidates: int = 64  # remembered
 
@@ -189,7 +190,10 @@ class RelayClient:
                 candidate.failures = 0
                 candidate.not_before = now
             else:
-                pause_s = self._settings.backoff_s * 2.0 ** min(candidate.failures, MAX_DOUBLINGS)
+                is_dead = isinstance(group.exceptions[0], errors.DialError)
+                nobody_is_there = is_dead and not self._host.swarm.connections
+                doublings = 0 if nobody_is_there else min(candidate.failures, MAX_DOUBLINGS)
+                pause_s = self._settings.backoff_s * 2.0**doublings
                 candidate.failures += 1
                 candidate.not_before = now + min(pause_s, self._settings.max_backoff_s)
             if slot.reservation is not None:

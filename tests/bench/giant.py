@@ -4,7 +4,8 @@ On the CPU, blocks are written as a checkpoint in bfloat16 and loaded from there
 engine: giant-load-s, giant-peak-GB (the process's resident memory, which counts mapped files, too), giant-weights-GB,
 giant-prefill-ms-per-token, and giant-decode-vs-floor: a step of one row after 256 tokens over the time that reading the
 weights and the cache takes at the bandwidth measured beside it. With --device cuda, blocks are made on the device one
-after another, and steps of 1, 8 and 32 rows are measured: giant-decode-vs-floor, giant-batch-8-vs-1, -32-vs-1.
+after another, and steps of 1, 8 and 32 rows are measured, as graphs where these can be recorded: giant-decode-vs-floor,
+giant-batch-8-vs-1, -32-vs-1.
 
 The whole model on one card of 141 GB: --device cuda --linear nf4 --blocks 70. --scale makes blocks narrower, to try the
 benchmark out.
@@ -28,7 +29,8 @@ import trio
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compute.bloom import BloomBlock, BloomConfig, BloomSpan, quantize
+from compute.bloom import BloomBlock, BloomConfig, BloomSpan, Step, quantize
+from compute.bloom.graphs import SpanGraphs, cuda_recorder
 from compute.cache import KVCache
 from compute.checkpoint import Checkpoint
 from compute.engine import Engine, EngineSettings
@@ -109,7 +111,10 @@ def on_device(config: BloomConfig, linear: str) -> BloomSpan:
         quantize(block, linear)
         blocks.append(block)
         report.progress(f"giant: block {index + 1} of {config.n_layer}")
-    return BloomSpan(config, 0, blocks)
+    span = BloomSpan(config, 0, blocks)
+    if all(layer.is_recordable for layer in span.linears):
+        span.graphs = SpanGraphs(span, cuda_recorder(span.device))
+    return span
 
 
 def wait_for(device: str) -> None:
@@ -147,7 +152,8 @@ def decode_s(span: BloomSpan, rows: int, device: str) -> float:
     cache = KVCache.alone(span, rows, CONTEXT_TOKENS + 1)
     hidden = torch.randn(rows, 1, span.config.hidden_size).to(device=device, dtype=span.dtype)
     with torch.inference_mode():
-        times = [timed(lambda: span(hidden, cache, CONTEXT_TOKENS), device) for _ in range(STEPS + 1)]
+        step = Step(hidden, cache, CONTEXT_TOKENS)
+        times = [timed(lambda: span.together([step]), device) for _ in range(STEPS + 1)]
     return sorted(times[1:])[STEPS // 2]
 
 

@@ -915,6 +915,32 @@ async def test_a_candidate_that_fails_for_weeks_is_still_asked(autojump_clock: M
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("alone", [True, False])
+async def test_while_nobody_is_there_all_are_asked_again_and_again(alone: bool, autojump_clock: MockClock) -> None:
+    """Our own line may be down: the first one that answers shows that it is mended."""
+    network = MemoryNetwork()
+    nowhere = PeerAddress(address=Multiaddr("/memory/777"), peer_id=seeded(9).peer_id)
+    asked: list[float] = []
+
+    class Noting(RelayClient):
+        async def _hold(self, *arguments: Any) -> None:
+            asked.append(trio.current_time())
+            await super()._hold(*arguments)
+
+    async def candidates() -> list[PeerAddress]:
+        return [nowhere]
+
+    async with a_host(network, 2) as host, a_relay(network) as friend, trio.open_nursery() as nursery:
+        if not alone:
+            await host.connect(friend.host.peer_id, friend.host.addresses)
+        client = Noting(host, candidates)
+        await nursery.start(client.run)
+        client.want(2)
+        await trio.sleep(60)
+        assert len(asked) == pytest.approx(30 if alone else 5, abs=1)
+        nursery.cancel_scope.cancel()
+
+
 async def test_who_has_moved_counts_where_it_is_now(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
     network = MemoryNetwork()
     limits = RelayLimits(reservations_per_ip_group=1, circuits_per_ip_group=1)
