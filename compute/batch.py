@@ -11,7 +11,8 @@ the second half runs them again, from the last to the first, with gradients.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -20,11 +21,12 @@ from torch import Tensor
 
 from compute.bloom.block import BloomSpan, Step
 from compute.cache import KVCache, SlotMemory
-from compute.errors import BadInput, BadOutput, OutOfCache
+from compute.errors import BadInput, BadOutput, EngineStopped, OutOfCache
 from compute.estimates import Kind
 from compute.slots import Change, Place, Slot
 
 _log = logging.getLogger(__name__)
+_WARMUP_STEPS: Final = 2  # the first steps also pay for memory and for the kernels' own set-up
 # How torch says that memory is out on the CPU, where it has no error of its own for it.
 _NO_MEMORY: Final = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
 
@@ -280,6 +282,35 @@ def _backward(piece: Piece) -> None:
         if not _finite(work.upstream):
             raise _bad_output(work.upstream)
         work.outputs.append(work.upstream.to(device="cpu", dtype=work.hidden.dtype))
+
+
+def measure(span: BloomSpan, steps: int, wanted: Callable[[], bool]) -> float:
+    """Decode one row, one token at a time, on a cache of its own.
+
+    Args:
+        span: What to run.
+        steps: How many times.
+        wanted: Whether anybody still waits.
+
+    Returns:
+        Tokens per second, from the median step.
+
+    Raises:
+        EngineStopped: Nobody does.
+    """
+    total = steps + _WARMUP_STEPS
+    cache = KVCache.alone(span, 1, total)
+    hidden = torch.randn(1, 1, span.config.hidden_size, generator=torch.Generator().manual_seed(0))  # [1, 1, d]
+    hidden = hidden.to(device=span.device, dtype=span.dtype)  # [1, 1, d]
+    times_s: list[float] = []
+    for position in range(total):
+        if not wanted():
+            raise EngineStopped("the engine has stopped, or nobody waits")
+        began = time.perf_counter()
+        span(hidden, cache, position).cpu()  # [1, 1, d]
+        times_s.append(time.perf_counter() - began)
+    ordered = sorted(times_s[_WARMUP_STEPS:])
+    return 1.0 / max(ordered[len(ordered) // 2], 1e-9)
 
 
 def _finite(values: Tensor) -> bool:

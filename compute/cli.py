@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     import trio
 
     from compute.checkpoint import Checkpoint
+    from compute.metrics import Metrics
     from compute.node import Node
     from net.host import Host
     from net.protocol.announcement import NodeAnnouncement
@@ -22,6 +25,9 @@ MAX_BLOCKS = 1024  # the most that an announcement can name
 MAX_CACHE_TOKENS = 2**30  # far more than fit into memory
 MAX_LENGTH_TOKENS = 2**20  # what the session protocol can ask for
 MAX_THREADS = 256  # far more than help; torch falls over at some thousands
+MAX_PORT = 65_535
+MAX_KEPT_GB = 1_000_000
+FORMS = ("fp32", "fp16", "bf16", "int8", "nf4", "nf4-double", "llm-int8")  # compute.linear.BACKENDS, without torch
 DEFAULT_LISTEN = ("/ip4/0.0.0.0/tcp/0", "/ip4/0.0.0.0/udp/0/quic-v1")
 
 
@@ -53,8 +59,22 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--cache-tokens",
         metavar="N",
         type=console.whole(1, MAX_CACHE_TOKENS),
-        default=16_384,
-        help="KV cache, all sessions (default: 16384)",
+        help="KV cache, all sessions, rows counted apart (default: what fits into half of the free memory)",
+    )
+    serve.add_argument(
+        "--quantize",
+        metavar="FORM",
+        choices=("auto", *FORMS),
+        default="auto",
+        help=f"form of the weights: {', '.join(FORMS)}, or auto: that of the model's other nodes, since all nodes of "
+        "a generation need the same, else fp16 or fp32, whichever is faster here (default: auto)",
+    )
+    serve.add_argument(
+        "--keep-gb",
+        metavar="N",
+        type=console.whole(0, MAX_KEPT_GB),
+        default=200,
+        help="disk space for quantised weights, which make the next start quick; 0 for none (default: 200)",
     )
     serve.add_argument(
         "--max-length",
@@ -69,6 +89,12 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=console.whole(1, MAX_THREADS),
         help="CPU threads for the model (default: torch's)",
     )
+    serve.add_argument(
+        "--metrics",
+        metavar="HOST:PORT",
+        type=_host_port,
+        help="serve figures for Prometheus there, under /metrics, such as 127.0.0.1:9100 (default: nowhere)",
+    )
     console.add_node(serve, DEFAULT_LISTEN, ", any free port")
     console.add_json(serve, "what is served, once it is,")
     console.add_common(serve)
@@ -82,8 +108,17 @@ def _span(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def _host_port(text: str) -> tuple[str, int]:
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]]+):([0-9]{1,5})", text)
+    if match is None or int(match[2]) > MAX_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not HOST:PORT, such as 127.0.0.1:9100")
+    return match[1].strip("[]"), int(match[2])
+
+
 def run_serve(options: argparse.Namespace) -> int:
     from compute.engine import EngineSettings
+    from compute.linear.kept import KeptWeights
+    from compute.metrics import Metrics
     from compute.models import find_checkpoint
     from compute.node import Node, NodeSettings
     from net.dht.service import Dht
@@ -93,27 +128,51 @@ def run_serve(options: argparse.Namespace) -> int:
     listen = console.listen_addresses(options)
     checkpoint = find_checkpoint(options.model)
     _check_servable(checkpoint, options.blocks)
+    folder = console.data_folder()
     settings = NodeSettings(
         span=options.blocks,
         max_blocks=options.max_blocks,
+        linear=None if options.quantize == "auto" else options.quantize,
+        kept=KeptWeights(folder / "weights", options.keep_gb << 30) if options.keep_gb else None,
+        probed=folder,
         engine=EngineSettings(
             cache_tokens=options.cache_tokens, max_length_tokens=options.max_length, threads=options.threads
         ),
     )
 
+    metrics = None if options.metrics is None else Metrics()
+
     async def serve(host: Host) -> None:
         dht = Dht(host, server=True)
-        async with open_service_nursery() as nursery:
+        async with _served(metrics, options.metrics), open_service_nursery() as nursery:
             await console.start_presence(options, host, dht, bootstrap, nursery)
             await dht.join(bootstrap)
             await nursery.start(dht.run)
-            offer = await _start(nursery, Node(host, dht, checkpoint, settings), checkpoint.name)
+            offer = await _start(nursery, Node(host, dht, checkpoint, settings, metrics), checkpoint.name)
             _tell(offer, [str(address) for address in host.peer_addresses], as_json=options.json)
 
     identity = console.node_identity(options, "serve")
     key = console.swarm_key(options)
     console.run_host(serve, identity, listen=listen, until_eof=options.until_eof, swarm_key=key)
     return 0
+
+
+@asynccontextmanager
+async def _served(metrics: Metrics | None, where: tuple[str, int] | None) -> AsyncIterator[None]:
+    """The endpoint for figures, if it is wanted.
+
+    Raises:
+        UserError: the address cannot be had.
+    """
+    if metrics is None or where is None:
+        yield
+        return
+    async with AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(metrics.served(*where))
+        except OSError as error:
+            raise console.UserError(f"--metrics {where[0]}:{where[1]}: {error.strerror or error}") from error
+        yield
 
 
 def _check_servable(checkpoint: Checkpoint, blocks: tuple[int, int] | None) -> None:
@@ -165,6 +224,8 @@ def _tell(offer: NodeAnnouncement, where: list[str], *, as_json: bool) -> None:
                 "start": offer.start,
                 "end": offer.end,
                 "blocks": offer.blocks,
+                "numerics": str(offer.numerics),
+                "cache_tokens": offer.cache_tokens_left,
                 "decode_tokens_per_s": offer.decode_tokens_per_s,
             }
         )

@@ -20,130 +20,34 @@ import functools
 import hashlib
 import itertools
 import logging
-import queue
-import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import Final
 
-import torch
 import trio
 from torch import Tensor
 
-from compute.batch import OutOfMemory, Piece, Plan, Runner, Work
+from compute.batch import OutOfMemory, Piece, Plan, Runner, Work, measure
 from compute.bloom.block import BloomSpan
-from compute.cache import KVCache, free_cache_tokens
+from compute.cache import free_cache_tokens
+from compute.engine_settings import EngineSettings, EngineStats
 from compute.errors import BadInput, BadOutput, EngineBusy, EngineError, EngineStopped
 from compute.estimates import Kind
 from compute.memory import free_bytes
-from compute.scheduler import Batch, Job, Scheduler, SchedulerSettings, Slice, State, Ticket
-from compute.slots import Change, NoRoom, Slots, SlotSettings
+from compute.requests import check_hidden, is_integer, read_order
+from compute.scheduler import Batch, Job, Scheduler, Slice, State, Ticket
+from compute.slots import Change, NoRoom, Slots
 from compute.tensors import tensor_bytes
+from compute.thread import ModelThread
+from compute.watcher import Watcher
 from net.nurseries import open_service_nursery
 
-T = TypeVar("T")
+__all__ = ["Engine", "EngineSettings", "EngineStats"]
+
 _log = logging.getLogger(__name__)
-_FLOATS: Final = (torch.float32, torch.float16, torch.bfloat16)
-_MEASURE_WARMUP_STEPS: Final = 2  # the first steps also pay for memory and for the kernels' own set-up
-_LEAST_SLOT_TOKENS: Final = 64  # below, growing costs more than it saves
 _EXPIRE_S: Final = 5.0  # between looks for sessions that nobody uses
 FREE_MEMORY_PART: Final = 0.5  # of what is free once the model is loaded, for the cache; the rest is for its work
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineSettings:
-    """Bounds of an engine.
-
-    Attributes:
-        cache_tokens: Token slots for all sessions together; ``None`` for half of the free memory.
-        max_batch: Most rows of a session.
-        max_length_tokens: Most tokens a row of a session may ask for; BLOOM was trained on 2,048.
-        max_sessions: Most open sessions; each costs a little even while it holds no cache.
-        max_sessions_per_peer: Of one peer. A program that generates several texts at once has one for each; what
-            they may hold is bounded by the share of the cache.
-        max_waiting: Most steps that wait or run; one more fails at once, so that its client goes elsewhere.
-        max_waiting_per_peer: Of one peer.
-        chunk_tokens: A longer step runs in pieces of this many tokens, all rows together. This bounds the memory for
-            scores, and the time until a cancelled step stops; measured, it costs nothing.
-        cache_share: Of the cache, for one peer while others want in.
-        lease_s: After so long without use a session may be ended for anybody's sake.
-        keep_s: After so long it is ended.
-        share_prefixes: Whether sessions of one peer that begin alike compute and hold the first chunks once.
-        threads: Threads that torch may use within a step, or ``None`` for torch's own choice.
-    """
-
-    cache_tokens: int | None = 16_384
-    max_batch: int = 32
-    max_length_tokens: int = 2048
-    max_sessions: int = 256
-    max_sessions_per_peer: int = 16
-    max_waiting: int = 256
-    max_waiting_per_peer: int = 32
-    chunk_tokens: int = 256
-    cache_share: float = 0.25
-    lease_s: float = 60.0
-    keep_s: float = 600.0
-    share_prefixes: bool = True
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check the bounds.
-
-        Raises:
-            ValueError: One is less than 1, or the scheduler or the cache cannot work with them.
-        """
-        for name, value in vars(self).items():
-            if value is not None and type(value) is int and value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
-        self.slots(self.cache_tokens or 1)
-        self.scheduler()
-
-    def slots(self, cache_tokens: int) -> SlotSettings:
-        """Those of the cache."""
-        lengths: list[int] = []
-        while not lengths or lengths[-1] < self.max_length_tokens:
-            lengths.append(min(self.max_length_tokens, 2 * lengths[-1] if lengths else _LEAST_SLOT_TOKENS))
-        return SlotSettings(
-            cache_tokens=cache_tokens,
-            lengths=tuple(lengths),
-            max_sessions=self.max_sessions,
-            max_sessions_per_peer=self.max_sessions_per_peer,
-            share=self.cache_share,
-            lease_s=self.lease_s,
-            keep_s=self.keep_s,
-        )
-
-    def scheduler(self) -> SchedulerSettings:
-        """Those of the scheduler; chunks have one size, because kernels' bits may depend on it."""
-        return SchedulerSettings(
-            chunk_tokens=(self.chunk_tokens,),
-            max_waiting=self.max_waiting,
-            max_waiting_per_peer=self.max_waiting_per_peer,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineStats:
-    """What an engine has done so far.
-
-    Attributes:
-        steps: Steps that succeeded.
-        tokens: Tokens in them, rows counted apart.
-        busy_s: Seconds spent on batches.
-        waiting: Steps, and other jobs, that wait or run now.
-        sessions: Sessions open now.
-        cache_used_tokens: Cache slots taken now.
-        cache_max_tokens: Cache slots in all.
-    """
-
-    steps: int
-    tokens: int
-    busy_s: float
-    waiting: int
-    sessions: int
-    cache_used_tokens: int
-    cache_max_tokens: int
 
 
 @dataclass(eq=False, kw_only=True)
@@ -178,6 +82,7 @@ class _Request:
     Attributes:
         reserved: Its session is within this step.
         prefixes: Digests of the step's first tokens, to be offered to others.
+        began_at: When its first piece was handed over.
         done: Set when it is over; ``error`` is ``None`` if ``work`` has the result.
     """
 
@@ -187,6 +92,8 @@ class _Request:
     prefixes: Sequence[tuple[int, bytes]] = ()
     done: trio.Event = field(default_factory=trio.Event)
     error: BaseException | None = None
+    asked_at: float = field(default_factory=trio.current_time)
+    began_at: float | None = None
 
 
 @dataclass(eq=False)
@@ -206,9 +113,10 @@ class Engine:
     other error it is open, and has what it had, or what lay before the step's position.
     """
 
-    def __init__(self, span: BloomSpan, settings: EngineSettings | None = None) -> None:
+    def __init__(self, span: BloomSpan, settings: EngineSettings | None = None, watcher: Watcher | None = None) -> None:
         """Take a loaded span; from the start of :meth:`run` nobody else may run it."""
         self.span = span
+        self._watcher = watcher
         self.settings = settings or EngineSettings()
         cache_tokens = self.settings.cache_tokens or free_cache_tokens(
             span, functools.partial(free_bytes, span.device), FREE_MEMORY_PART
@@ -224,13 +132,11 @@ class Engine:
         self._state = "new"  # new -> running -> stopping -> stopped
         # To the thread and back
         self._changes: list[tuple[Change, Work | None]] = []
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._is_running_plan = False
         self._bug: BaseException | None = None
         self._wake = trio.Event()
         self._runner = Runner()
-        self._token: trio.lowlevel.TrioToken | None = None
-        self._thread_ended = trio.Event()
+        self._thread = ModelThread(self.settings.threads, self._runner.clear)
         self._steps = 0
         self._tokens = 0
         self._busy_s = 0.0
@@ -261,8 +167,7 @@ class Engine:
         if self._state != "new":
             raise RuntimeError(f"this engine is {self._state}; make another one")
         self._state = "running"
-        self._token = trio.lowlevel.current_trio_token()
-        threading.Thread(target=self._thread, name="raceme-engine", daemon=True).start()
+        self._thread.start()
         try:
             async with open_service_nursery() as nursery:
                 nursery.start_soon(self._expire)
@@ -270,9 +175,7 @@ class Engine:
                 await self._dispatch()
         finally:
             self._state = "stopping"
-            self._jobs.put(None)
-            with trio.CancelScope(shield=True):
-                await self._thread_ended.wait()
+            await self._thread.stop()
             self._state = "stopped"
             self._stop()
 
@@ -307,9 +210,9 @@ class Engine:
         """
         await trio.lowlevel.checkpoint()
         self._check_running()
-        if not _is_integer(batch, 1, self.settings.max_batch):
+        if not is_integer(batch, 1, self.settings.max_batch):
             raise BadInput("bad-value", f"batch is {batch!r:.40}, expected 1 to {self.settings.max_batch}")
-        if not _is_integer(max_length, 1):
+        if not is_integer(max_length, 1):
             raise BadInput("bad-value", f"max_length is {max_length!r:.40}, expected at least 1")
         if max_length > self.settings.max_length_tokens:
             raise BadInput(
@@ -369,7 +272,7 @@ class Engine:
         self._check_running()
         opened = self._session(session)
         self._check_step(opened, hidden, position)
-        places = None if order is None else _order(order, opened.rows)
+        places = None if order is None else read_order(order, opened.rows)
         rows, tokens = hidden.shape[:2]
         fits = rows * tokens <= self._scheduler.settings.buckets[-1]
         kind = Kind.DECODE if fits else Kind.PREFILL
@@ -493,7 +396,14 @@ class Engine:
             raise EngineBusy(f"{self.stats.waiting} steps wait already")
         call, results = _Call(), list[float]()
         self._calls.add(call)
-        self._jobs.put(functools.partial(self._run_call, call, lambda: results.append(self._measure(steps, call))))
+
+        def wanted() -> bool:
+            return not call.abandoned and not self._thread.is_stopping
+
+        def work() -> None:
+            results.append(measure(self.span, steps, wanted))
+
+        self._thread.put(functools.partial(self._run_call, call, work))
         try:
             await call.done.wait()
         finally:
@@ -517,7 +427,7 @@ class Engine:
     def _part(self, start: int | None, end: int | None) -> BloomSpan:
         first = self.span.start if start is None else start
         last = self.span.end if end is None else end
-        if not _is_integer(first, self.span.start) or not _is_integer(last, first + 1, self.span.end):
+        if not is_integer(first, self.span.start) or not is_integer(last, first + 1, self.span.end):
             raise BadInput(
                 "bad-value",
                 f"blocks {first!r:.40} to {last!r:.40} are not within {self.span.start} to {self.span.end}",
@@ -526,22 +436,10 @@ class Engine:
             self._parts[first, last] = self.span.part(first, last)
         return self._parts[first, last]
 
-    def _check_hidden(self, hidden: Tensor, rows: int | None) -> None:
-        """What can be said without looking at values, so that a bad request never waits."""
-        if hidden.dtype not in _FLOATS:
-            raise BadInput("bad-dtype", f"hidden states in {hidden.dtype}, expected 16 or 32 bit floats")
-        width = self.span.config.hidden_size
-        if hidden.dim() != 3 or hidden.shape[0] != (rows or hidden.shape[0]) or hidden.shape[2] != width:
-            raise BadInput(
-                "bad-shape", f"hidden states have shape {list(hidden.shape)}, not [{rows or 'b'}, t, {width}]"
-            )
-        if hidden.shape[0] < 1 or hidden.shape[1] < 1:
-            raise BadInput("bad-shape", "a step needs at least one token")
-
     def _check_step(self, opened: _Session, hidden: Tensor, position: int) -> None:
-        self._check_hidden(hidden, opened.rows)
+        check_hidden(hidden, opened.rows, self.span.config.hidden_size)
         tokens = hidden.shape[1]
-        if not _is_integer(position, 0):
+        if not is_integer(position, 0):
             raise BadInput("bad-position", f"position {position!r:.40}, expected an integer from 0")
         if position + tokens > opened.max_length:
             raise BadInput("too-long", f"{position} + {tokens} tokens are more than the session's {opened.max_length}")
@@ -553,7 +451,7 @@ class Engine:
     ) -> Tensor:
         self._check_running()
         span = self._part(start, end)
-        self._check_hidden(hidden, None)
+        check_hidden(hidden, None, self.span.config.hidden_size)
         rows, tokens = hidden.shape[:2]
         if rows > self.settings.max_batch or tokens > self.settings.max_length_tokens:
             most = f"{self.settings.max_batch} sequences of {self.settings.max_length_tokens} tokens"
@@ -618,6 +516,8 @@ class Engine:
         except BaseException:
             if self._scheduler.cancel(ticket):
                 self._end(ticket, None)
+            elif ticket.state is State.FINISHED and not ticket.unwanted:  # at this very moment
+                self._roll_back(request)
             raise
         if request.error is not None:
             raise request.error
@@ -645,7 +545,7 @@ class Engine:
             if batch is not None:
                 batch = self._prepare(batch, now)  # None: what was next turned out impossible
                 if batch is not None:
-                    self._send(batch, [self._piece(each) for each in batch.slices])
+                    self._send(batch, [self._piece(each, now) for each in batch.slices])
             elif self._changes:
                 self._send(None, [])
             else:
@@ -661,8 +561,11 @@ class Engine:
             return rest
         return batch
 
-    def _piece(self, each: Slice) -> Piece:
-        work = self._requests[each.ticket].work
+    def _piece(self, each: Slice, now: float) -> Piece:
+        request = self._requests[each.ticket]
+        if request.began_at is None:
+            request.began_at = now
+        work = request.work
         return Piece(work=work, start=each.start, stop=each.stop, first=each.first_pass, last=each.last_pass)
 
     def _reserve(self, ticket: Ticket, now: float) -> EngineError | None:
@@ -688,7 +591,7 @@ class Engine:
         plan = Plan(changes=self._changes, pieces=pieces)
         self._changes = []
         self._is_running_plan = True
-        self._jobs.put(functools.partial(self._run_plan, batch, plan))
+        self._thread.put(functools.partial(self._run_plan, batch, plan))
 
     # From the outcome to the result
 
@@ -697,6 +600,8 @@ class Engine:
         if batch is None:
             return
         self._busy_s += took_s
+        if self._watcher is not None:
+            self._watcher.batch_done(batch.kind, batch.rows, took_s)
         errors = {each.ticket: error for each, error in zip(batch.slices, outcomes, strict=True) if error is not None}
         for ticket in self._scheduler.done(batch, took_s, trio.current_time(), errors.keys()):
             self._end(ticket, errors.get(ticket))
@@ -720,6 +625,9 @@ class Engine:
             elif not finished and (work.prefix or (work.order is not None and request.reserved)):
                 self._reset(session)  # it has more than the caller knows, or whether rows changed places nobody knows
             self._close_if_idle(session)
+        if finished and self._watcher is not None and request.began_at is not None:
+            waited_s, took_s = request.began_at - request.asked_at, trio.current_time() - request.asked_at
+            self._watcher.job_done(work.kind, ticket.job.units * ticket.job.unit_tokens, waited_s, took_s)
         if ticket.unwanted and error is not None and not isinstance(error, EngineError):
             _log.error("a step failed after its caller had gone", exc_info=error)
         request.done.set()
@@ -735,6 +643,16 @@ class Engine:
         else:
             change = self._slots.abort(session.key, now)
         self._follow(change)
+
+    def _roll_back(self, request: _Request) -> None:
+        """Nobody gets the result of a step that is over; unless the session has another one already."""
+        session, work = request.session, request.work
+        if session is None or session.waiting or session.key not in self._sessions:
+            return
+        if work.prefix or work.order is not None:
+            self._reset(session)
+        else:
+            self._slots.set_back(session.key, work.position, trio.current_time())
 
     def _reset(self, session: _Session) -> None:
         if session.key in self._sessions or session.key in self._closing:
@@ -781,84 +699,34 @@ class Engine:
 
     # In the engine's thread
 
-    def _thread(self) -> None:
-        """Do what is handed over until told to stop."""
-        if self.settings.threads is not None:
-            torch.set_num_threads(self.settings.threads)
-        with torch.inference_mode():
-            while (job := self._jobs.get()) is not None and self._state == "running":
-                job()
-            self._runner.clear()
-        self._call(self._thread_ended.set)
-
     def _run_plan(self, batch: Batch | None, plan: Plan) -> None:
         began = time.perf_counter()
         outcomes = self._runner.run(plan)
         took_s = time.perf_counter() - began
-        self._tell(functools.partial(self._plan_ended, batch, outcomes, took_s))
+        self._thread.tell(functools.partial(self._note, functools.partial(self._plan_ended, batch, outcomes, took_s)))
 
     def _run_call(self, call: _Call, function: Callable[[], object]) -> None:
         try:
             function()
         except BaseException as exc:  # noqa: BLE001  # handed over to whoever waits, who raises it
             call.error = exc
-        self._tell(functools.partial(self._call_ended, call))
+        self._thread.tell(functools.partial(self._note, functools.partial(self._call_ended, call)))
+
+    # Back in the event loop
+
+    def _note(self, function: Callable[[], None]) -> None:
+        """Take note of what has ended, and hand over what is next; a bug in here ends :meth:`run`, not the loop."""
+        try:
+            function()
+            self._hand_over()
+        except BaseException as exc:  # noqa: BLE001  # raised by the dispatcher
+            self._bug = exc
+            self._wake.set()
 
     def _call_ended(self, call: _Call) -> None:
         self._calls.discard(call)
         call.done.set()
 
-    def _tell(self, function: Callable[[], None]) -> None:
-        """Have the event loop call ``function``, and hand over what is next; a bug in it ends :meth:`run`."""
-
-        def note() -> None:
-            try:
-                function()
-                self._hand_over()
-            except BaseException as exc:  # noqa: BLE001  # raised by the dispatcher: in here, it would end the loop
-                self._bug = exc
-                self._wake.set()
-
-        self._call(note)
-
-    def _call(self, function: Callable[[], None]) -> None:
-        """Have the event loop call ``function``; if the loop is gone, so is everyone who would care."""
-        try:
-            if self._token is not None:
-                self._token.run_sync_soon(function)
-        except trio.RunFinishedError:
-            _log.debug("the event loop ended before the engine")
-
-    def _measure(self, steps: int, call: _Call) -> float:
-        total = steps + _MEASURE_WARMUP_STEPS
-        cache = KVCache.alone(self.span, 1, total)
-        generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(1, 1, self.span.config.hidden_size, generator=generator)  # [1, 1, d]
-        hidden = hidden.to(device=self.span.device, dtype=self.span.dtype)  # [1, 1, d]
-        times_s: list[float] = []
-        for position in range(total):
-            if call.abandoned or self._state != "running":
-                raise EngineStopped("the engine has stopped, or nobody waits")
-            began = time.perf_counter()
-            self.span(hidden, cache, position).cpu()  # [1, 1, d]
-            times_s.append(time.perf_counter() - began)
-        ordered = sorted(times_s[_MEASURE_WARMUP_STEPS:])
-        return 1.0 / max(ordered[len(ordered) // 2], 1e-9)
-
 
 def _ends_session(error: BaseException | None) -> bool:
     return isinstance(error, (BadOutput, OutOfMemory)) or (isinstance(error, BadInput) and error.code == "not-finite")
-
-
-def _order(order: Sequence[int], rows: int) -> Tensor:
-    """Raises:
-    BadInput: ``bad-value``: it is no order of so many rows.
-    """
-    if len(order) != rows or not all(_is_integer(row, 0, rows - 1) for row in order):
-        raise BadInput("bad-value", f"an order of rows is {rows} numbers below {rows}, not {list(order)!r:.60}")
-    return torch.tensor(list(order), dtype=torch.int64)  # [b]
-
-
-def _is_integer(value: object, least: int, most: int | None = None) -> bool:
-    """Whether ``value`` is an integer (``True`` is none) within bounds; requests may hold anything."""
-    return type(value) is int and value >= least and (most is None or value <= most)

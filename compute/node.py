@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
+import torch
 import trio
 
 from compute.bloom import BloomSpan
 from compute.checkpoint import Checkpoint
 from compute.engine import Engine, EngineSettings
 from compute.errors import EngineError, Later
+from compute.linear import BACKENDS
 from compute.linear.kept import KeptWeights
+from compute.metrics import Metrics
 from compute.placement import choose_span
+from compute.probe import probe
 from compute.tensors import from_wire, to_wire
 from net.dht import keys
 from net.dht.service import Dht
@@ -51,15 +57,18 @@ class NodeSettings:
     Attributes:
         span: blocks [start, end); None for what the swarm lacks most.
         max_blocks: the most to take when ``span`` is None.
-        linear: backend of the linear layers, one of ``compute.linear.BACKENDS``.
+        linear: backend of the linear layers, one of ``compute.linear.BACKENDS``; None for the one that the model's
+            other nodes have, since a chain keeps to one, or for the first of them the fastest here.
         kept: where quantised weights are looked for and kept; None for nowhere.
+        probed: where it is kept which backend is the fastest here; None for nowhere.
         resume_s: how long a session whose stream broke waits for its client to come back another way.
     """
 
     span: tuple[int, int] | None = None
     max_blocks: int | None = None
-    linear: str = "fp32"
+    linear: str | None = "fp32"
     kept: KeptWeights | None = None
+    probed: Path | None = None
     resume_s: float = 15.0
     engine: EngineSettings = field(default_factory=EngineSettings)
 
@@ -67,12 +76,16 @@ class NodeSettings:
 class Node:
     """Serves blocks of one checkpoint on a host that has joined the DHT."""
 
-    def __init__(self, host: Host, dht: Dht, checkpoint: Checkpoint, settings: NodeSettings) -> None:
+    def __init__(
+        self, host: Host, dht: Dht, checkpoint: Checkpoint, settings: NodeSettings, metrics: Metrics | None = None
+    ) -> None:
         self._host = host
         self._dht = dht
         self._checkpoint = checkpoint
         self._settings = settings
         self._engine: Engine | None = None
+        self._linear = settings.linear or ""
+        self.metrics = metrics
         self.announcement: NodeAnnouncement | None = None
         self.held: dict[bytes, _Held] = {}  # sessions by token
 
@@ -98,7 +111,9 @@ class Node:
         """
         try:
             span = await self._load(progress)
-            engine = self._engine = Engine(span, self._settings.engine)
+            engine = self._engine = Engine(span, self._settings.engine, self.metrics)
+            if self.metrics is not None:
+                self.metrics.read_from(lambda: engine.stats)
             async with open_service_nursery() as nursery:
                 await nursery.start(engine.run)
                 nursery.start_soon(self._sweep)
@@ -125,7 +140,7 @@ class Node:
                 start,
                 end,
                 progress=progress,
-                linear=self._settings.linear,
+                linear=self._linear,
                 kept=self._settings.kept,
             )
             span = await trio.to_thread.run_sync(load, abandon_on_cancel=True)
@@ -150,21 +165,50 @@ class Node:
 
     async def _settle(self) -> tuple[int, int]:
         """Choose a span such that nodes that come up together do not all choose the same."""
+        others = await self._others()
+        await self._choose_linear(others)
         if self._settings.span is not None:
             span = self._settings.span
             self.announcement = self._offer(*span)
             return span
         n_blocks = self._checkpoint.n_blocks
         length = self._settings.max_blocks or n_blocks
-        span = choose_span(n_blocks, length, await self._others())
+        span = choose_span(n_blocks, length, others)
         for _ in range(PLACEMENT_ROUNDS):
             self.announcement = self._offer(*span)
             await self._announce()
-            better = choose_span(n_blocks, length, self._senior(await self._others(), span))
+            seniors = self._senior(await self._others(), span)
+            await self._choose_linear(self._first(seniors))
+            better = choose_span(n_blocks, length, seniors)
             if better == span:
                 break
             span = better
         return span
+
+    def _first(self, nodes: list[NodeAnnouncement]) -> list[NodeAnnouncement]:
+        """Those who are there before us: online, or with a lower PeerId."""
+        own = self._host.peer_id.to_bytes()
+        return [node for node in nodes if node.state == "online" or node.peer_id.to_bytes() < own]
+
+    async def _choose_linear(self, others: list[NodeAnnouncement]) -> None:
+        """The form of weights in which most blocks are served already; the fastest one here, if none is."""
+        if self._settings.linear is not None:
+            return
+        blocks = Counter[str]()
+        for node in others:
+            name = linear_name(node.numerics)
+            if name is not None:
+                blocks[name] += node.end - node.start
+        if blocks:
+            self._linear = max(sorted(blocks), key=blocks.__getitem__)
+        elif not self._linear:
+            self._linear = await trio.to_thread.run_sync(self._probe, abandon_on_cancel=True)
+
+    def _probe(self) -> str:
+        threads = self._settings.engine.threads
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return probe(self._checkpoint.config, self._settings.probed).chosen
 
     async def _others(self) -> list[NodeAnnouncement]:
         records = await self._dht.find(keys.of_name(DIRECTORY), KIND)
@@ -192,7 +236,10 @@ class Node:
 
     def _offer(self, start: int, end: int, *, loaded: BloomSpan | None = None, speed: float = 0.0) -> NodeAnnouncement:
         """What is announced: that we are about to load these blocks, or have ``loaded`` them."""
-        dtype, quantization, backend = ("float32", self._settings.linear, "cpu") if loaded is None else loaded.numerics
+        if loaded is None:
+            dtype, quantization, backend = "float32", "none" if self._linear == "fp32" else self._linear, "cpu"
+        else:
+            dtype, quantization, backend = loaded.numerics
         return NodeAnnouncement(
             peer_id=self._host.peer_id,
             addresses=tuple(self._host.addresses),
@@ -288,7 +335,7 @@ class _NodeSession:
         request = wire.Open.from_fields(message.header)
         self._node.check_open(request)
         engine = self._node.engine
-        with _refusals():
+        with _refusals(self._node.metrics):
             session_id = await engine.open_session(
                 batch=request.batch,
                 max_length=request.max_length,
@@ -323,7 +370,7 @@ class _NodeSession:
             raise RpcError("bad-input", f"a step carries one tensor, not {len(message.tensors)}")
         position = wire.read_position(message.header)
         tensor = message.tensors[0]
-        with _refusals():
+        with _refusals(self._node.metrics):
             hidden = from_wire(tensor.dtype, tensor.shape, tensor.data)
             result = await self._node.engine.step(held.session_id, hidden, position)
         dtype, shape, data = to_wire(result)
@@ -336,11 +383,22 @@ class _NodeSession:
             await (self._node.keep(held) if broken else self._node.free(held))
 
 
+def linear_name(numerics: Numerics) -> str | None:
+    """The backend of linear layers that computes like this; None if there is none here."""
+    name = "fp32" if numerics.quantization == "none" else numerics.quantization
+    is_ours = numerics.dtype == "float32" and numerics.backend.startswith("cpu") and name in BACKENDS
+    return name if is_ours else None
+
+
 @contextmanager
-def _refusals() -> Iterator[None]:
-    """Turns the engine's errors into answers."""
+def _refusals(metrics: Metrics | None) -> Iterator[None]:
+    """Turns the engine's errors into answers, and counts them."""
     try:
         yield
-    except EngineError as error:
+    except Exception as error:
+        if metrics is not None:
+            metrics.refused(error.code if isinstance(error, EngineError) else "internal")
+        if not isinstance(error, EngineError):
+            raise
         retry = error.retry_after_s if isinstance(error, Later) else None
         raise RpcError(error.code, str(error), retry) from error

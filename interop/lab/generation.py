@@ -24,6 +24,7 @@ PORT = 4001
 PROMPT = "In the beginning"
 TOKENS, LONG_TOKENS = 60, 320
 SPANS = ("0:3", "3:6", "6:8")
+FORM = ("--quantize", "fp32")  # or a node alone and those of the swarm might find another form the fastest
 KINDS = ("full-cone", "port-restricted", "symmetric")
 START_S = 60.0  # of one command
 GENERATION_S = 480.0  # 320 tokens through three relays, and 18 pauses, take 260
@@ -133,6 +134,7 @@ async def _alone(machine: Host) -> list[str]:
             "bloom-tiny",
             "--blocks",
             "0:8",
+            *FORM,
             "--bootstrap",
             where,
             "--listen",
@@ -165,6 +167,7 @@ async def _node(machine: Host, span: str, known: Sequence[str]) -> AsyncIterator
         "bloom-tiny",
         "--blocks",
         span,
+        *FORM,
         "--json",
         "--until-eof",
         "--no-port-mapping",

@@ -11,7 +11,8 @@ over ours, same bits (-560m: of 560m's, whose weights written out just fit into 
 the system); -bf16: its other path, which rounds activations to bfloat16, where the processor has that.
 
 batch-16-gain: tokens a second of sixteen sessions of 32 to 480 tokens on one engine, which step at once, over those of
-one with 256; step-p95-16-vs-1: the 95th percentile of the steps of sixteen over that of one.
+one with 256, in the form of weights that a node takes here; step-p95-16-vs-1: the 95th percentile of the steps of
+sixteen over that of one.
 loop-latency-p99-ms: by how much the event loop is late beside sixteen sessions, prefill and backward, all without a
 pause. engine-overhead-ms: what a step of a lone session takes beyond the model.
 
@@ -36,6 +37,7 @@ from compute.cache import KVCache
 from compute.engine import Engine, EngineSettings
 from compute.estimates import Kind
 from compute.linear import backend
+from compute.probe import probe
 from tests.bench import report
 
 CONTEXT_TOKENS = 256
@@ -278,7 +280,7 @@ async def loop_latency(seconds: float) -> list[float]:
 
 async def measure_engine(note: Callable[[str, float], None], scale: float, runs: int) -> None:
     """Sixteen sessions of ragged lengths against one; and the loop beside steps, prefill and training."""
-    span = make_span("560m", "fp16", scale)
+    span = make_span("560m", probe(make_config("560m", 1, scale), None).chosen, scale)
     least = CONTEXT_TOKENS // 8
     lengths = [least + round(2 * (CONTEXT_TOKENS - least) * number / (MANY - 1)) for number in range(MANY)]
     async with trio.open_nursery() as nursery:

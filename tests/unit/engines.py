@@ -11,7 +11,7 @@ import torch
 import trio
 from torch import Tensor
 
-from compute.bloom import BloomBlock, BloomConfig, BloomSpan, quantize
+from compute.bloom import BloomBlock, BloomConfig, BloomSpan, SpanCache, quantize
 from compute.engine import Engine, EngineSettings
 
 CONFIG = BloomConfig(vocab_size=16, hidden_size=64, n_layer=3, n_head=4)
@@ -44,15 +44,19 @@ async def running(span: BloomSpan, settings: EngineSettings | None = None) -> As
 class GatedSpan(BloomSpan):
     """A span that waits for the test to open the gate before it runs anything; and says what it ran."""
 
-    def __init__(self, inner: BloomSpan) -> None:
-        super().__init__(inner.config, 0, inner.blocks)  # type: ignore[arg-type]
+    def __init__(self, inner: BloomSpan | None = None) -> None:
+        super().__init__(CONFIG, 0, (inner or make_span()).blocks)  # type: ignore[arg-type]
         self.gate = threading.Event()
         self.entered = threading.Semaphore(0)
         self.batches: list[int] = []  # steps in each batch
+        self.runs: list[tuple[int, int, int | None]] = []  # of lone steps: position, first block, block after the last
 
-    def forward(self, *args: Any) -> Tensor:
+    def forward(
+        self, hidden: Tensor, cache: SpanCache | None = None, position: int = 0, first: int = 0, last: int | None = None
+    ) -> Tensor:
+        self.runs.append((position, first, last))
         self._wait(1)
-        return super().forward(*args)
+        return super().forward(hidden, cache, position, first, last)
 
     def together(self, steps: Any) -> Tensor:
         self._wait(len(steps))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -13,57 +11,10 @@ import trio
 import trio.testing
 from torch import Tensor
 
-from compute.bloom import BloomBlock, BloomConfig, BloomSpan, SpanCache
+from compute.bloom import BloomBlock, BloomSpan
 from compute.engine import Engine, EngineSettings
 from compute.errors import BadInput, BadOutput, EngineBusy, EngineError, EngineStopped, OutOfCache
-
-CONFIG = BloomConfig(vocab_size=16, hidden_size=16, n_layer=3, n_head=4)
-
-
-def make_span(seed: int = 0) -> BloomSpan:
-    generator = torch.Generator().manual_seed(seed)
-    span = BloomSpan(CONFIG, 0, [BloomBlock(CONFIG) for _ in range(3)])
-    with torch.no_grad():
-        for parameter in span.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return span.requires_grad_(False)
-
-
-def hidden_states(batch: int, tokens: int, seed: int = 1) -> Tensor:
-    return torch.randn(batch, tokens, 16, generator=torch.Generator().manual_seed(seed))
-
-
-@asynccontextmanager
-async def running(span: BloomSpan, settings: EngineSettings | None = None) -> AsyncIterator[Engine]:
-    async with trio.open_nursery() as nursery:
-        engine = Engine(span, settings)
-        await nursery.start(engine.run)
-        yield engine
-        nursery.cancel_scope.cancel()
-
-
-class GatedSpan(BloomSpan):
-    """A span whose every pass waits for the test to open the gate."""
-
-    def __init__(self) -> None:
-        super().__init__(CONFIG, 0, make_span().blocks)  # type: ignore[arg-type]
-        self.gate = threading.Event()
-        self.entered = threading.Semaphore(0)
-        self.passes = 0
-        self.runs: list[tuple[int, int, int | None]] = []  # position, first block, block after the last
-
-    def forward(
-        self, hidden: Tensor, cache: SpanCache | None = None, position: int = 0, first: int = 0, last: int | None = None
-    ) -> Tensor:
-        self.passes += 1
-        self.runs.append((position, first, last))
-        self.entered.release()
-        if not self.gate.wait(20):
-            raise TimeoutError("the test never opened the gate")
-        return super().forward(hidden, cache, position, first, last)
-
-    async def wait_entered(self) -> None:
-        await trio.to_thread.run_sync(self.entered.acquire)
+from tests.unit.engines import CONFIG, GatedSpan, hidden_states, make_span, running
 
 
 async def refusal(engine: Engine, session: int, hidden: Tensor, position: object) -> str:
@@ -271,7 +222,7 @@ async def test_a_cancelled_step_that_waits_is_skipped() -> None:
         assert scope.cancelled_caught
         span.gate.set()
         await engine.step(session, hidden_states(1, 2), 1)
-        assert (span.passes, engine.session_length(session), engine.stats.waiting) == (2, 3, 0)
+        assert (len(span.runs), engine.session_length(session), engine.stats.waiting) == (2, 3, 0)
 
 
 @pytest.mark.trio

@@ -1,0 +1,72 @@
+"""A thread for what blocks for long, beside the event loop that hands it one job after another."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+import torch
+import trio
+
+_log = logging.getLogger(__name__)
+
+
+class ModelThread:
+    """Runs jobs in the order in which they come, under ``torch.inference_mode``.
+
+    Attributes:
+        is_stopping: Nothing new is begun. Set in the event loop, read in the thread.
+    """
+
+    def __init__(self, threads: int | None, last: Callable[[], None]) -> None:
+        """Note what to do; nothing runs yet.
+
+        Args:
+            threads: That torch may use within a job; ``None`` for its own choice.
+            last: What to do in the thread before it ends.
+        """
+        self.is_stopping = False
+        self._threads = threads
+        self._last = last
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._ended = trio.Event()
+
+    def start(self) -> None:
+        """Begin; to be called in the event loop that :meth:`tell` speaks to."""
+        self._token = trio.lowlevel.current_trio_token()
+        threading.Thread(target=self._run, name="raceme-engine", daemon=True).start()
+
+    def put(self, job: Callable[[], None]) -> None:
+        """Queue a job, which must not raise."""
+        self._jobs.put(job)
+
+    def tell(self, function: Callable[[], None]) -> None:
+        """Have the event loop call ``function``; if the loop is gone, so is everyone who would care."""
+        try:
+            if self._token is not None:
+                self._token.run_sync_soon(function)
+        except trio.RunFinishedError:
+            _log.debug("the event loop ended before the engine")
+
+    async def stop(self) -> None:
+        """End the thread after the job that runs, because torch cannot be interrupted. What waits is not begun.
+
+        Cancellation:
+            Shielded.
+        """
+        self.is_stopping = True
+        self._jobs.put(None)
+        with trio.CancelScope(shield=True):
+            await self._ended.wait()
+
+    def _run(self) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+        with torch.inference_mode():
+            while (job := self._jobs.get()) is not None and not self.is_stopping:
+                job()
+            self._last()
+        self.tell(self._ended.set)

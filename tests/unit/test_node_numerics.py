@@ -1,0 +1,104 @@
+"""The form of a node's weights: what was asked for, else that of the model's other nodes, else the fastest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from compute import memory
+from compute import node as node_module
+from compute.models import find_checkpoint
+from compute.node import Node, NodeSettings, linear_name
+from compute.probe import Probe
+from net.protocol.announcement import NodeAnnouncement, Numerics
+from tests.unit.announcements import node as announced
+
+
+def numerics(quantization: str, backend: str = "cpu-fbgemm", dtype: str = "float32") -> Numerics:
+    return Numerics(dtype=dtype, quantization=quantization, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("seen", "name"),
+    [
+        (numerics("none", "cpu-onednn"), "fp32"),
+        (numerics("none", "cpu"), "fp32"),
+        (numerics("fp16"), "fp16"),
+        (numerics("llm-int8", "cpu-bitsandbytes-mixing"), "llm-int8"),
+        (numerics("nf4", "cuda-bitsandbytes"), None),
+        (numerics("none", "cpu", "bfloat16"), None),
+        (numerics("of tomorrow"), None),
+    ],
+)
+def test_which_of_our_forms_computes_like_another_node(seen: Numerics, name: str | None) -> None:
+    assert linear_name(seen) == name
+
+
+@pytest.fixture
+def probes(monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
+    """Where outcomes were to be kept, of each probe."""
+    calls: list[Path | None] = []
+
+    def probe(config: object, folder: Path | None) -> Probe:
+        calls.append(folder)
+        return Probe(chosen="fp16", candidates=())
+
+    monkeypatch.setattr(node_module, "probe", probe)
+    return calls
+
+
+async def chosen(settings: NodeSettings, *rounds: list[NodeAnnouncement]) -> str:
+    nothing = cast(Any, None)  # a node that has not been started asks nobody
+    node = Node(nothing, nothing, find_checkpoint("bloom-tiny"), settings)
+    for others in rounds:
+        await node._choose_linear(others)
+    return node._linear
+
+
+async def test_what_was_asked_for_is_taken(probes: list[Path | None]) -> None:
+    others = [announced(1, 0, 8, numerics=numerics("fp16"))]
+    assert await chosen(NodeSettings(linear="int8"), others) == "int8"
+    assert probes == []
+
+
+async def test_the_form_of_most_blocks_is_taken(probes: list[Path | None]) -> None:
+    others = [
+        announced(1, 0, 3, numerics=numerics("int8")),
+        announced(2, 3, 8, numerics=numerics("none", "cpu-onednn")),
+        announced(3, 0, 8, numerics=numerics("of tomorrow")),
+    ]
+    assert await chosen(NodeSettings(linear=None), others) == "fp32"
+    assert probes == []
+
+
+async def test_the_first_node_finds_out_what_is_fast_once(tmp_path: Path, probes: list[Path | None]) -> None:
+    assert await chosen(NodeSettings(linear=None, probed=tmp_path), [], []) == "fp16"
+    assert probes == [tmp_path]
+
+
+async def test_who_is_seen_later_is_followed(probes: list[Path | None]) -> None:
+    others = [announced(1, 0, 8, numerics=numerics("none", "cpu"))]
+    assert await chosen(NodeSettings(linear=None), [], others) == "fp32"
+
+
+# Free memory
+
+
+def test_free_memory_is_what_the_system_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meminfo = tmp_path / "meminfo"
+    monkeypatch.setattr(memory, "_MEMINFO", meminfo)
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    cpu = torch.device("cpu")
+    assert memory.free_bytes(cpu) == 2 << 30  # nobody says anything
+    meminfo.write_text("MemTotal:       100 kB\nMemAvailable:    40 kB\n")
+    assert memory.free_bytes(cpu) == 40 << 10
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("1024\n")
+    assert memory.free_bytes(cpu) == 40 << 10
+    (tmp_path / "memory.max").write_text("11264\n")
+    assert memory.free_bytes(cpu) == 10 << 10
+    (tmp_path / "memory.current").write_text("999999\n")
+    assert memory.free_bytes(cpu) == 0
