@@ -7,22 +7,19 @@ that a node has the same numerics after every restart.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import platform
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from compute.bloom.config import BloomConfig
 from compute.linear import FrozenLinear, backend, rows_agree
+from compute.outcomes import outcome_file
 
 CANDIDATES: Final = ("fp16", "fp32")  # the others are not exact enough, and are for who asks for them
 MAX_ERROR: Final = 1e-3  # of a product on random weights: fp16 has 1.5e-4, bf16 2.6e-3, int8 7e-3
@@ -89,15 +86,24 @@ def probe(
         names: What to choose from.
         clock: Seconds.
     """
-    key = _key(config, names)
-    path = None if folder is None else folder / f"probe-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-    if path is not None and (known := _read(path, key)) is not None:
+    file = None if folder is None else outcome_file(folder, "probe", [VERSION, config.hidden_size, list(names)])
+    if file is not None and (known := file.read(_parse)) is not None:
         return known
     candidates = tuple(each for name in names if (each := _try_out(name, config, clock)) is not None)
     outcome = Probe(chosen=choose(candidates), candidates=candidates)
-    if path is not None:
-        _write(path, key, outcome)
+    if file is not None:
+        file.write({"chosen": outcome.chosen, "candidates": [asdict(each) for each in outcome.candidates]})
     return outcome
+
+
+def _parse(content: Mapping[str, Any]) -> Probe:
+    """Raises:
+    ValueError, KeyError, TypeError: That is nothing that we have written.
+    """
+    candidates = tuple(Candidate(**each) for each in content["candidates"])
+    if content["chosen"] != choose(candidates):
+        raise ValueError("another backend was chosen than is the fastest")
+    return Probe(chosen=content["chosen"], candidates=candidates)
 
 
 def _try_out(name: str, config: BloomConfig, clock: Callable[[], float]) -> Candidate | None:
@@ -131,44 +137,3 @@ def _time(layers: Sequence[FrozenLinear], x: Tensor, clock: Callable[[], float])
             layer.multiply(x)  # [n, out]
         rounds.append((clock() - began) / len(layers))
     return min(rounds)
-
-
-def _key(config: BloomConfig, names: Sequence[str]) -> str:
-    """Whatever may change the outcome."""
-    machine = [platform.machine(), _processor(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
-    return json.dumps([VERSION, torch.__version__, machine, config.hidden_size, list(names)])
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as info:
-            return next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), "")
-    except OSError:
-        return platform.processor()
-
-
-def _read(path: Path, key: str) -> Probe | None:
-    try:
-        content = json.loads(path.read_bytes())
-        if content["key"] != key:
-            return None
-        candidates = tuple(Candidate(**each) for each in content["candidates"])
-        if content["chosen"] != choose(candidates):
-            return None
-        return Probe(chosen=content["chosen"], candidates=candidates)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        _log.info("%s: not used, and measured anew (%s)", path, exc)
-        return None
-
-
-def _write(path: Path, key: str, outcome: Probe) -> None:
-    content = {"key": key, "chosen": outcome.chosen, "candidates": [asdict(each) for each in outcome.candidates]}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
-            json.dump(content, file)
-        Path(file.name).replace(path)
-    except OSError as exc:
-        _log.info("%s: not kept (%s)", path, exc)

@@ -68,6 +68,7 @@ def run_relay(options: argparse.Namespace) -> int:
     from net.dht.service import Dht
     from net.host import Host
     from net.nurseries import open_service_nursery
+    from net.perf import serve_perf
     from net.relay.reservations import RelayLimits
     from net.relay.server import RelayServer
 
@@ -81,6 +82,7 @@ def run_relay(options: argparse.Namespace) -> int:
 
     async def relay(host: Host) -> None:
         dht = Dht(host, server=True)
+        serve_perf(host)  # the first node of a swarm has nobody else to measure its line with
         async with open_service_nursery() as nursery:
             await console.start_presence(options, host, dht, bootstrap, nursery)
             if options.max_reservations:

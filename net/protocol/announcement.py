@@ -11,6 +11,7 @@ body = {
     "cache_tokens_left": int, "max_length": int,
     "agent": str,
     "reachability": str?                public, mapped, punchable, relay-only, unknown (which is what its lack means)
+    "next": [int, int]?                 the span [start, end) that the node moves to: loads now, and will serve instead
 }
 """
 
@@ -74,9 +75,10 @@ class NodeAnnouncement:
     state: str
     agent: str
     reachability: str = "unknown"
+    next: tuple[int, int] | None = None
 
     def to_body(self) -> dict[str, Any]:
-        return {
+        body: dict[str, Any] = {
             "addresses": wire.write_addresses(self.addresses),
             "model": self.model,
             "digest": self.digest,
@@ -92,6 +94,9 @@ class NodeAnnouncement:
             "agent": self.agent,
             "reachability": self.reachability,
         }
+        if self.next is not None:
+            body["next"] = list(self.next)
+        return body
 
     @classmethod
     def from_record(cls, record: Record) -> NodeAnnouncement:
@@ -126,7 +131,16 @@ class NodeAnnouncement:
             state=_matching(body, "state", STATE, 16),
             agent=packing.field(body, "agent", str, max_length=64),
             reachability=_matching({"reachability": "unknown", **body}, "reachability", REACHABILITY, 16),
+            next=_next(body, blocks) if "next" in body else None,
         )
+
+
+def _next(body: Mapping[str, Any], blocks: int) -> tuple[int, int]:
+    span = packing.field(body, "next", list, max_length=2)
+    if len(span) != 2:
+        raise RemoteProtocolError("'next' is not [start, end]")
+    end = packing.integer({"next": span[1]}, "next", 1, blocks)
+    return packing.integer({"next": span[0]}, "next", 0, end - 1), end
 
 
 def _matching(body: Mapping[str, Any], name: str, pattern: re.Pattern[str], max_length: int) -> str:
