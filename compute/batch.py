@@ -11,8 +11,8 @@ the second half runs them again, from the last to the first, with gradients.
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -21,12 +21,11 @@ from torch import Tensor
 
 from compute.bloom.block import BloomSpan, Step
 from compute.cache import KVCache, SlotMemory
-from compute.errors import BadInput, BadOutput, EngineStopped, OutOfCache
+from compute.errors import BadInput, BadOutput, OutOfCache
 from compute.estimates import Kind
 from compute.slots import Change, Place, Slot
 
 _log = logging.getLogger(__name__)
-_WARMUP_STEPS: Final = 2  # the first steps also pay for memory and for the kernels' own set-up
 # How torch says that memory is out on the CPU, where it has no error of its own for it.
 _NO_MEMORY: Final = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
 
@@ -244,7 +243,10 @@ class Runner:
             hidden = work.between.pop()
         cache = self._cache(work)
         position = 0 if cache is None else work.position + piece.start
-        hidden = span(hidden, cache, position, piece.first, piece.last)  # [b, c, d] or [c, t, d]
+        if work.kind is Kind.DECODE and cache is not None:
+            hidden = span.decode(hidden, cache, position)  # [b, t, d]
+        else:
+            hidden = span(hidden, cache, position, piece.first, piece.last)  # [b, c, d] or [c, t, d]
         if piece.last < len(span):
             work.between.append(hidden)
             return
@@ -265,52 +267,34 @@ def _backward(piece: Piece) -> None:
     if piece.first == 0:
         part = work.hidden.narrow(0, piece.start, count)  # [c, t, d]
         work.between = [part.to(device=span.device, dtype=span.dtype, copy=True)]
-    bias = span.bias(work.between[0], 0)  # [1, h, t, t]
+    biases: dict[torch.device, Tensor] = {}
+
+    def run(index: int, hidden: Tensor) -> Tensor:
+        """[c, t, d], on the block's device, to [c, t, d]."""
+        if hidden.device not in biases:
+            biases[hidden.device] = span.bias(hidden, 0)  # [1, h, t, t]
+        output: Tensor = span.blocks[index](hidden, biases[hidden.device])
+        return output
+
     for index in range(piece.first, min(piece.last, blocks)):  # the last entry is the input of block ``index``
         if index < blocks - 1:
             with torch.no_grad():
-                work.between.append(span.blocks[index](work.between[-1], bias))  # [c, t, d]
+                work.between.append(span.place(run(index, work.between[-1]), index + 1))  # [c, t, d]
     for number in range(max(piece.first, blocks), piece.last):
         if number == blocks:
             part = work.gradient.narrow(0, piece.start, count)  # [c, t, d]
             work.upstream = part.to(device=span.device, dtype=span.dtype, copy=True)
+        if work.upstream is None:
+            raise ValueError("backward cannot begin halfway")
+        index = 2 * blocks - 1 - number
         leaf = work.between.pop().requires_grad_(True)  # [c, t, d]
         with torch.enable_grad():
-            output = span.blocks[2 * blocks - 1 - number](leaf, bias)  # [c, t, d]
-            (work.upstream,) = torch.autograd.grad(output, leaf, work.upstream)  # [c, t, d]
+            output = run(index, leaf)  # [c, t, d]
+            (work.upstream,) = torch.autograd.grad(output, leaf, span.place(work.upstream, index))  # [c, t, d]
     if piece.last == 2 * blocks and work.upstream is not None:
         if not _finite(work.upstream):
             raise _bad_output(work.upstream)
         work.outputs.append(work.upstream.to(device="cpu", dtype=work.hidden.dtype))
-
-
-def measure(span: BloomSpan, steps: int, wanted: Callable[[], bool]) -> float:
-    """Decode one row, one token at a time, on a cache of its own.
-
-    Args:
-        span: What to run.
-        steps: How many times.
-        wanted: Whether anybody still waits.
-
-    Returns:
-        Tokens per second, from the median step.
-
-    Raises:
-        EngineStopped: Nobody does.
-    """
-    total = steps + _WARMUP_STEPS
-    cache = KVCache.alone(span, 1, total)
-    hidden = torch.randn(1, 1, span.config.hidden_size, generator=torch.Generator().manual_seed(0))  # [1, 1, d]
-    hidden = hidden.to(device=span.device, dtype=span.dtype)  # [1, 1, d]
-    times_s: list[float] = []
-    for position in range(total):
-        if not wanted():
-            raise EngineStopped("the engine has stopped, or nobody waits")
-        began = time.perf_counter()
-        span(hidden, cache, position).cpu()  # [1, 1, d]
-        times_s.append(time.perf_counter() - began)
-    ordered = sorted(times_s[_WARMUP_STEPS:])
-    return 1.0 / max(ordered[len(ordered) // 2], 1e-9)
 
 
 def _finite(values: Tensor) -> bool:
@@ -341,6 +325,8 @@ def _named(error: Exception) -> Exception:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
     ):
+        traceback.clear_frames(error.__traceback__)  # they hold what the step had made so far
+        torch.cuda.empty_cache()  # torch keeps what was let go in pieces that may fit nobody else
         told = OutOfMemory("the node has no memory for this step")
         told.__cause__ = error
         return told

@@ -8,12 +8,16 @@ together, which costs a copy of the keys and values per step, and gives the same
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from compute.bloom.block import BloomSpan
+
+_OUTPUT_BYTES: Final = 4  # of an element of what a span gave, at most: it is as what came in
 
 
 class SlotMemory:
@@ -22,7 +26,7 @@ class SlotMemory:
     Not thread-safe: it belongs to the thread that runs the model.
 
     Attributes:
-        layers: Keys and values by block, each [rows, h, length, hd]; none after :meth:`wipe`.
+        layers: Keys and values by block, on the block's device, each [rows, h, length, hd]; none after :meth:`wipe`.
         outputs: What the span gave for the slot's tokens from ``[0, n)`` on, by ``n``, [rows, tokens of the last chunk,
             d]: whoever begins with a prefix needs its results, too.
         written: Tokens beyond which everything is zero.
@@ -35,13 +39,17 @@ class SlotMemory:
             RuntimeError: There is no memory, as torch says it.
         """
         self._shape = (rows, span.config.n_head, length, span.config.head_dim)
-        self._dtype, self._device = span.dtype, span.device
-        self.layers = [(self._zeros(), self._zeros()) for _ in range(len(span))]
+        self._dtype = span.dtype
+        self.layers = [
+            (self._zeros(device), self._zeros(device))
+            for stage, device in zip(span.stages, span.devices, strict=True)
+            for _ in stage
+        ]
         self.outputs: dict[int, Tensor] = {}
         self.written = 0
 
-    def _zeros(self) -> Tensor:
-        return torch.zeros(self._shape, dtype=self._dtype, device=self._device)  # [rows, h, length, hd]
+    def _zeros(self, device: torch.device) -> Tensor:
+        return torch.zeros(self._shape, dtype=self._dtype, device=device)  # [rows, h, length, hd]
 
     def copy(self, source: SlotMemory, first: int, start: int, count: int, rows: Tensor | None = None) -> None:
         """Take tokens ``[first, first + count)`` of another slot over, to ``[start, start + count)``.
@@ -54,9 +62,10 @@ class SlotMemory:
             rows: Which row of the source each row is; the same ones if ``None``.
 
         Shapes:
-            rows: [rows], int64
+            rows: [rows], int64, on any device
         """
         for mine, theirs in zip(self.layers, source.layers, strict=True):
+            rows = None if rows is None else rows.to(mine[0].device)
             for target, origin in zip(mine, theirs, strict=True):
                 tokens = origin[:, :, first : first + count]  # [rows, h, count, hd]
                 target[:, :, start : start + count] = tokens if rows is None else tokens.index_select(0, rows)
@@ -112,10 +121,18 @@ class KVCache:
         )
 
 
-def free_cache_tokens(span: BloomSpan, free_bytes: Callable[[], int], part: float) -> int:
-    """How many tokens fit into a part of the free memory; at least one.
+def free_cache_tokens(span: BloomSpan, cache_bytes: Callable[[torch.device], int]) -> int:
+    """How many tokens fit into what each device has for them; at least one.
 
-    Keys, values, and once per token what the span gave for it, for those who begin alike.
+    Keys and values lie with their blocks; in the CPU's memory there is once per token what the span gave for it, for
+    those who begin alike.
+
+    Args:
+        span: Whose cache it is.
+        cache_bytes: What a device has.
     """
-    each = (2 * len(span) + 1) * span.config.hidden_size * span.dtype.itemsize
-    return max(1, int(free_bytes() * part) // each)
+    width = span.config.hidden_size
+    token_bytes = Counter({torch.device("cpu"): width * _OUTPUT_BYTES})
+    for stage, device in zip(span.stages, span.devices, strict=True):
+        token_bytes[device] += 2 * len(stage) * width * span.dtype.itemsize
+    return max(1, min(cache_bytes(device) // each for device, each in token_bytes.items()))

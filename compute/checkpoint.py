@@ -22,7 +22,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Final, TypeVar
@@ -34,9 +34,11 @@ from compute.bloom.block import BloomBlock, BloomSpan, span_digest
 from compute.bloom.config import BloomConfig
 from compute.bloom.head import Embeddings, Head
 from compute.bloom.quantized import put_together, quantize, take_apart
+from compute.devices import default_dtype, split_blocks
 from compute.errors import CheckpointError
 from compute.linear import backend
 from compute.linear.kept import KeptWeights
+from compute.memory import free_bytes
 from compute.shards import Shard, open_shard
 from compute.sources import FolderSource, HubSource, Source
 from compute.tensors import tensor_bytes
@@ -55,6 +57,7 @@ _HEX_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
+Device = torch.device | str
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -168,12 +171,12 @@ class Checkpoint:
         self,
         start: int,
         end: int,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         progress: Progress | None = None,
         *,
         linear: str | None = None,
         kept: KeptWeights | None = None,
-        device: torch.device | str = "cpu",
+        device: Device | Sequence[Device] = "cpu",
     ) -> BloomSpan:
         """Blocks ``[start, end)``, with the digests of their weights.
 
@@ -183,48 +186,93 @@ class Checkpoint:
         Args:
             start: Index of the first block.
             end: Index after the last block.
-            dtype: What weights are converted to.
+            dtype: What weights are converted to; ``None`` for float32 on the CPU and bfloat16 on GPUs.
             progress: Called with (blocks loaded, blocks in all), first with 0 and last with all.
             linear: Backend of the linear layers (:data:`compute.linear.BACKENDS`), on the CPU with float32 for the
                 rest; ``None`` for plain layers in ``dtype``.
             kept: Where quantised weights are looked for and kept, for backends whose weights are worth it.
-            device: Where the blocks are to be; they are quantised there, one after another.
+            device: Where the blocks are to be; they are quantised there, one after another. Several GPUs get
+                consecutive blocks each, by how much memory they have.
 
         Raises:
-            CheckpointError: See the class; also, that the weights do not fit into the backend's form.
-            ValueError: The span is empty or not within the model, there is no such backend, or on the CPU it comes
-                together with another dtype than float32.
+            CheckpointError: See the class; also, that the weights do not fit into the backend's form, or into the
+                memory of GPUs.
+            ValueError: The span is empty or not within the model, there is no such backend, on the CPU it comes
+                together with another dtype than float32, or several devices are not different GPUs.
             RuntimeError: This machine lacks the backend's kernel.
         """
-        device = torch.device(device)
+        devices = _as_devices(device)
+        dtype = dtype or default_dtype(devices[0])
         if linear is not None:
-            if dtype != torch.float32 and device.type == "cpu":
+            if dtype != torch.float32 and devices[0].type == "cpu":
                 raise ValueError(f"linear layers {linear} come with float32, not with {dtype}")
-            kept = kept if backend(linear, device).is_kept else None
+            kept = kept if backend(linear, devices[0]).is_kept else None
         if not 0 <= start < end <= self.n_blocks:
             raise ValueError(f"span [{start}, {end}) is not within the {self.n_blocks} blocks of {self.name}")
+        places = self._places(end - start, devices, dtype, linear)
         report = progress or (lambda done, total: None)
         report(0, end - start)
         blocks: list[BloomBlock] = []
         digests: list[str] = []
         with contextlib.ExitStack() as stack:
             shards: dict[str, Shard] = {}
-            for index in range(start, end):
-                key = {"linear": linear, "dtype": str(dtype), "device": device.type}
-                block, digest = self._find_kept(index, key, kept, device) if linear and kept else (None, "")
-                if block is None:
-                    self._open_shards(self._files_of(f"h.{index}."), shards, stack)
-                    state, digest = self._read_block(index, dtype, shards)
-                    with torch.device("meta"):
-                        block = BloomBlock(self.config)
-                    _assign(block, state).to(device)
-                    del state
-                    if linear is not None:
-                        self._quantize(block, index, linear, kept, key, digest)
+            for index, place in zip(range(start, end), places, strict=True):
+                key = {"linear": linear, "dtype": str(dtype), "device": place.type}
+                with self._fitting(index, place):
+                    block, digest = self._find_kept(index, key, kept, place) if linear and kept else (None, "")
+                    if block is None:
+                        self._open_shards(self._files_of(f"h.{index}."), shards, stack)
+                        block, digest = self._make_block(index, dtype, shards, place)
+                        if linear is not None:
+                            self._quantize(block, index, linear, kept, key, digest)
                 blocks.append(block)
                 digests.append(digest)
                 report(len(blocks), end - start)
         return BloomSpan(self.config, start, blocks, block_digests=tuple(digests), digest=span_digest(digests))
+
+    def block_bytes(self, linear: str | None, device: torch.device, dtype: torch.dtype | None = None) -> int:
+        """About how much memory a block takes, in the form that :meth:`load_span` gives it.
+
+        Raises:
+            ValueError: There is no such backend.
+        """
+        config, dtype = self.config, dtype or default_dtype(device)
+        bits = 8 * dtype.itemsize if linear is None else backend(linear, device).weight_bits
+        rest = config.parameters_per_block - config.weights_per_block
+        return int(config.weights_per_block * bits / 8) + rest * dtype.itemsize
+
+    def _places(
+        self, n_blocks: int, devices: Sequence[torch.device], dtype: torch.dtype, linear: str | None
+    ) -> list[torch.device]:
+        """The device of each block of a span."""
+        if devices[0].type == "cpu":  # what does not fit there is the system's affair
+            return [devices[0]] * n_blocks
+        try:
+            block_bytes = self.block_bytes(linear, devices[0], dtype)
+            pieces = split_blocks(n_blocks, [free_bytes(each) for each in devices], block_bytes)
+        except ValueError as exc:
+            raise CheckpointError(f"{self.label}: {exc}") from exc
+        return [each for each, (first, last) in zip(devices, pieces, strict=True) for _ in range(first, last)]
+
+    @contextlib.contextmanager
+    def _fitting(self, index: int, device: torch.device) -> Iterator[None]:
+        """Says in our words that a GPU has no memory for a block."""
+        try:
+            yield
+        except torch.OutOfMemoryError as exc:
+            raise CheckpointError(
+                f"{self.label}: block {index} does not fit into what is left of the memory of {device}; serve fewer "
+                "blocks, or in a smaller form"
+            ) from exc
+
+    def _make_block(
+        self, index: int, dtype: torch.dtype, shards: dict[str, Shard], device: torch.device
+    ) -> tuple[BloomBlock, str]:
+        """A block as stored, and its digest."""
+        state, digest = self._read_block(index, dtype, shards)
+        with torch.device("meta"):
+            block = BloomBlock(self.config)
+        return _assign(block, state).to(device), digest
 
     def load_embeddings(self, dtype: torch.dtype = torch.float32) -> Embeddings:
         """Word embeddings and their layer norm.
@@ -448,6 +496,16 @@ class HubCheckpoint(Checkpoint):
     def __init__(self, repository: str, revision: str | None = None) -> None:
         """Name a repository, ``owner/model``, and if wanted a branch, tag or commit."""
         super().__init__(HubSource(repository, revision), repository.rsplit("/", 1)[-1])
+
+
+def _as_devices(device: Device | Sequence[Device]) -> tuple[torch.device, ...]:
+    """One device, or several GPUs."""
+    names = (device,) if isinstance(device, (str, torch.device)) else tuple(device)
+    devices = tuple(torch.device(name) for name in names)
+    alike = {each.type for each in devices}
+    if not devices or len(alike) > 1 or len(set(devices)) < len(devices):
+        raise ValueError(f"a span cannot be on {', '.join(map(str, devices)) or 'no device'}")
+    return devices
 
 
 def _finite(tensor: Tensor) -> bool:

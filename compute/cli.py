@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from net import console
 
 if TYPE_CHECKING:
+    import torch
     import trio
 
     from compute.checkpoint import Checkpoint
@@ -53,13 +54,14 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--max-blocks",
         metavar="N",
         type=console.whole(1, MAX_BLOCKS),
-        help="without --blocks: how many to take (default: all)",
+        help="without --blocks: how many to take (default: as many as fit into memory)",
     )
     serve.add_argument(
         "--cache-tokens",
         metavar="N",
         type=console.whole(1, MAX_CACHE_TOKENS),
-        help="KV cache, all sessions, rows counted apart (default: what fits into half of the free memory)",
+        help="KV cache, all sessions, rows counted apart (default: what fits into half of the memory that is "
+        "free once the blocks are loaded, two thirds on a GPU)",
     )
     serve.add_argument(
         "--quantize",
@@ -67,7 +69,14 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         choices=("auto", *FORMS),
         default="auto",
         help=f"form of the weights: {', '.join(FORMS)}, or auto: that of the model's other nodes, since all nodes of "
-        "a generation need the same, else fp16 or fp32, whichever is faster here (default: auto)",
+        "a generation need the same, else fp16 or fp32, whichever is faster here, and nf4 on a GPU (default: auto)",
+    )
+    serve.add_argument(
+        "--device",
+        metavar="WHERE",
+        default="auto",
+        help="cpu, cuda for all GPUs, some of them such as cuda:0,cuda:1, or auto: all GPUs, or the CPU where there is "
+        "none (default: auto)",
     )
     serve.add_argument(
         "--keep-gb",
@@ -95,6 +104,12 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=_host_port,
         help="serve figures for Prometheus there, under /metrics, such as 127.0.0.1:9100 (default: nowhere)",
     )
+    serve.add_argument(
+        "--pause-when-gpu-busy",
+        action="store_true",
+        help="serve nobody while other programs use the GPU; weights stay in its memory. (SIGUSR1 pauses at any time, "
+        "and the next one ends that)",
+    )
     console.add_node(serve, DEFAULT_LISTEN, ", any free port")
     console.add_json(serve, "what is served, once it is,")
     console.add_common(serve)
@@ -121,18 +136,24 @@ def run_serve(options: argparse.Namespace) -> int:
     from compute.metrics import Metrics
     from compute.models import find_checkpoint
     from compute.node import Node, NodeSettings
+    from compute.pausing import pause_on_signal, pause_when_busy
     from net.dht.service import Dht
     from net.nurseries import open_service_nursery
 
+    console.tell_warnings("compute.node")
     bootstrap = console.bootstrap_addresses(options)
     listen = console.listen_addresses(options)
     checkpoint = find_checkpoint(options.model)
     _check_servable(checkpoint, options.blocks)
     folder = console.data_folder()
+    devices = _devices(options.device)
+    if options.pause_when_gpu_busy and devices[0].type != "cuda":
+        raise console.UserError("--pause-when-gpu-busy: the node uses no GPU; leave it out")
     settings = NodeSettings(
         span=options.blocks,
         max_blocks=options.max_blocks,
         linear=None if options.quantize == "auto" else options.quantize,
+        devices=devices,
         kept=KeptWeights(folder / "weights", options.keep_gb << 30) if options.keep_gb else None,
         probed=folder,
         engine=EngineSettings(
@@ -148,13 +169,45 @@ def run_serve(options: argparse.Namespace) -> int:
             await console.start_presence(options, host, dht, bootstrap, nursery)
             await dht.join(bootstrap)
             await nursery.start(dht.run)
-            offer = await _start(nursery, Node(host, dht, checkpoint, settings, metrics), checkpoint.name)
+            node = Node(host, dht, checkpoint, settings, metrics)
+            offer = await _start(nursery, node, checkpoint.name)
+            await nursery.start(pause_on_signal, node)
+            if options.pause_when_gpu_busy:
+                nursery.start_soon(pause_when_busy, node, _gpu_uses(settings.devices))
             _tell(offer, [str(address) for address in host.peer_addresses], as_json=options.json)
 
     identity = console.node_identity(options, "serve")
     key = console.swarm_key(options)
     console.run_host(serve, identity, listen=listen, until_eof=options.until_eof, swarm_key=key)
     return 0
+
+
+def _devices(text: str) -> tuple[torch.device, ...]:
+    """Raises:
+    UserError: they are not there.
+    """
+    from compute.devices import read_devices
+
+    try:
+        return read_devices(text)
+    except ValueError as error:
+        raise console.UserError(f"--device {error}") from error
+
+
+def _gpu_uses(devices: Sequence[torch.device]) -> list[Callable[[], float]]:
+    """What says how much others use each of our GPUs.
+
+    Raises:
+        UserError: nobody does.
+    """
+    import torch
+
+    from compute.pausing import GpuError, GpuUse
+
+    try:
+        return [GpuUse(f"GPU-{torch.cuda.get_device_properties(gpu).uuid}").others for gpu in devices]
+    except GpuError as error:
+        raise console.UserError(f"--pause-when-gpu-busy: {error}") from error
 
 
 @asynccontextmanager

@@ -28,13 +28,14 @@ from typing import Final
 import trio
 from torch import Tensor
 
-from compute.batch import OutOfMemory, Piece, Plan, Runner, Work, measure
+from compute.batch import OutOfMemory, Piece, Plan, Runner, Work
 from compute.bloom.block import BloomSpan
 from compute.cache import free_cache_tokens
 from compute.engine_settings import EngineSettings, EngineStats
 from compute.errors import BadInput, BadOutput, EngineBusy, EngineError, EngineStopped
 from compute.estimates import Kind
-from compute.memory import free_bytes
+from compute.measuring import Speed, measure
+from compute.memory import cache_bytes
 from compute.requests import check_hidden, is_integer, read_order
 from compute.scheduler import Batch, Job, Scheduler, Slice, State, Ticket
 from compute.slots import Change, NoRoom, Slots
@@ -47,7 +48,6 @@ __all__ = ["Engine", "EngineSettings", "EngineStats"]
 
 _log = logging.getLogger(__name__)
 _EXPIRE_S: Final = 5.0  # between looks for sessions that nobody uses
-FREE_MEMORY_PART: Final = 0.5  # of what is free once the model is loaded, for the cache; the rest is for its work
 
 
 @dataclass(eq=False, kw_only=True)
@@ -118,9 +118,7 @@ class Engine:
         self.span = span
         self._watcher = watcher
         self.settings = settings or EngineSettings()
-        cache_tokens = self.settings.cache_tokens or free_cache_tokens(
-            span, functools.partial(free_bytes, span.device), FREE_MEMORY_PART
-        )
+        cache_tokens = self.settings.cache_tokens or free_cache_tokens(span, cache_bytes)
         self._slots = Slots(self.settings.slots(cache_tokens))
         self._scheduler = Scheduler(self.settings.scheduler())
         self._parts = {(span.start, span.end): span}
@@ -136,10 +134,12 @@ class Engine:
         self._bug: BaseException | None = None
         self._wake = trio.Event()
         self._runner = Runner()
-        self._thread = ModelThread(self.settings.threads, self._runner.clear)
+        self._thread = ModelThread(self.settings.threads, self._runner.clear, span.devices)
         self._steps = 0
         self._tokens = 0
         self._busy_s = 0.0
+        self._lone_steps = 0
+        self._lone_s = 0.0
 
     @property
     def stats(self) -> EngineStats:
@@ -148,6 +148,8 @@ class Engine:
             steps=self._steps,
             tokens=self._tokens,
             busy_s=self._busy_s,
+            lone_steps=self._lone_steps,
+            lone_s=self._lone_s,
             waiting=len(self._requests) + len(self._calls),
             sessions=len(self._sessions),
             cache_used_tokens=self._slots.used_tokens,
@@ -378,11 +380,8 @@ class Engine:
         self._close_if_idle(opened)
         await opened.closed.wait()
 
-    async def measure(self, steps: int = 8) -> float:
-        """Measure decoding: one row, one token at a time, on a cache of its own.
-
-        Returns:
-            Tokens per second, from the median step.
+    async def measure(self, steps: int = 8) -> Speed:
+        """Measure how fast one row is decoded, ``steps`` tokens, and a prompt run. What waits is kept waiting.
 
         Raises:
             ValueError: ``steps`` is less than 1 or more than 1,000.
@@ -394,7 +393,7 @@ class Engine:
         self._check_running()
         if self.stats.waiting >= self.settings.max_waiting:
             raise EngineBusy(f"{self.stats.waiting} steps wait already")
-        call, results = _Call(), list[float]()
+        call, results = _Call(), list[Speed]()
         self._calls.add(call)
 
         def wanted() -> bool:
@@ -600,6 +599,9 @@ class Engine:
         if batch is None:
             return
         self._busy_s += took_s
+        if batch.kind is Kind.DECODE and batch.rows == 1 and batch.slices[0].work == len(self.span):
+            self._lone_steps += 1
+            self._lone_s += took_s
         if self._watcher is not None:
             self._watcher.batch_done(batch.kind, batch.rows, took_s)
         errors = {each.ticket: error for each, error in zip(batch.slices, outcomes, strict=True) if error is not None}

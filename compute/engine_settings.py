@@ -16,7 +16,8 @@ class EngineSettings:
     """Bounds of an engine.
 
     Attributes:
-        cache_tokens: Token slots for all sessions together; ``None`` for half of the free memory.
+        cache_tokens: Token slots for all sessions together; ``None`` for half of the free memory, or two
+            thirds of GPUs'.
         max_batch: Most rows of a session.
         max_length_tokens: Most tokens a row of a session may ask for; BLOOM was trained on 2,048.
         max_sessions: Most open sessions; each costs a little even while it holds no cache.
@@ -91,6 +92,8 @@ class EngineStats:
         steps: Steps that succeeded.
         tokens: Tokens in them, rows counted apart.
         busy_s: Seconds spent on batches.
+        lone_steps: Batches of one token through the whole span.
+        lone_s: Seconds spent on these.
         waiting: Steps, and other jobs, that wait or run now.
         sessions: Sessions open now.
         cache_used_tokens: Cache slots taken now.
@@ -100,6 +103,8 @@ class EngineStats:
     steps: int
     tokens: int
     busy_s: float
+    lone_steps: int
+    lone_s: float
     waiting: int
     sessions: int
     cache_used_tokens: int

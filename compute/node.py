@@ -1,53 +1,62 @@
 """A compute node: a span of blocks, served to sessions and announced to the swarm.
 
 Coming up: choose a span, announce it as ``joining``, look whether somebody chose the same at the same
-time (the lower PeerId keeps it), load, look again, measure, announce as ``online``. Going: stop, withdraw.
+time (the lower PeerId keeps it), load, look again, measure, announce as ``online``. Staying: announce anew when the
+speed has changed, and move when the swarm lacks other blocks more: announce where to, look again, load beside the old
+span, look again, announce the new one, and let the old one go when its sessions have ended. Going: stop, withdraw.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
-import secrets
+import random
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import torch
 import trio
 
 from compute.bloom import BloomSpan
+from compute.bloom.graphs import attach_graphs
 from compute.checkpoint import Checkpoint
+from compute.devices import count_fitting, default_dtype
 from compute.engine import Engine, EngineSettings
-from compute.errors import EngineError, Later
+from compute.errors import CheckpointError
 from compute.linear import BACKENDS
 from compute.linear.kept import KeptWeights
+from compute.memory import free_bytes
 from compute.metrics import Metrics
-from compute.placement import choose_span
+from compute.placement import better_span, choose_span, keeps_move
 from compute.probe import probe
-from compute.tensors import from_wire, to_wire
+from compute.serving import Held, NodeSession, Serving
+from compute.throughput import Configuration, Drift, Throughput, effective_tokens_per_s, throughput
 from net.dht import keys
 from net.dht.service import Dht
-from net.errors import RpcError
+from net.errors import NetError, RpcError
 from net.host import Host
-from net.identity import PeerId
 from net.mux.base import Stream
 from net.nurseries import open_service_nursery
+from net.perf import measure_bytes_per_s, serve_perf
 from net.protocol import session as wire
 from net.protocol.announcement import DIRECTORY, KIND, NodeAnnouncement, Numerics, read_all
-from net.rpc import lane
-from net.rpc.framing import Message, Tensor
 from net.swarm import Connection
 from net.version import VERSION
 
 logger = logging.getLogger(__name__)
 
-SESSION_IDLE_S = 600.0  # a session nobody uses
-RETRY_AFTER_S = 1.0
-PLACEMENT_ROUNDS = 5
-MAX_LEFT_PER_PEER = 4  # sessions that wait to be resumed
+RETRY_AFTER_S: Final = 1.0  # while the node loads
+PAUSED_RETRY_S: Final = 60.0
+PLACEMENT_ROUNDS: Final = 5
+LINES: Final = 3  # peers with whom ours is measured
+LINES_S: Final = 15.0  # for all of them
+DRIFT_EVERY_S: Final = 5.0
+GPU_LINEAR: Final = "nf4"  # the most blocks; a step of few rows reads a quarter of what bfloat16 does
+JITTER: Final = 0.25  # either way, so that nodes that came together do not look together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,21 +64,30 @@ class NodeSettings:
     """What a node serves and how much.
 
     Attributes:
-        span: blocks [start, end); None for what the swarm lacks most.
-        max_blocks: the most to take when ``span`` is None.
+        span: blocks [start, end); None for what the swarm lacks most, now and later.
+        max_blocks: the most to take when ``span`` is None; None for as many as fit into memory.
         linear: backend of the linear layers, one of ``compute.linear.BACKENDS``; None for the one that the model's
-            other nodes have, since a chain keeps to one, or for the first of them the fastest here.
+            other nodes on such devices have, since a chain keeps to one, or for the first of them the fastest CPU has,
+            and nf4 on a GPU.
         kept: where quantised weights are looked for and kept; None for nowhere.
-        probed: where it is kept which backend is the fastest here; None for nowhere.
+        devices: where blocks are, the first ones on the first.
+        probed: where it is kept which backend is the fastest here, and how fast the node is; None for nowhere.
         resume_s: how long a session whose stream broke waits for its client to come back another way.
+        look_s: between looks whether the swarm lacks other blocks more.
+        drain_s: how long sessions may go on with blocks that the node has moved away from.
+        measure_line: whether to find out what our line carries.
     """
 
     span: tuple[int, int] | None = None
     max_blocks: int | None = None
     linear: str | None = "fp32"
     kept: KeptWeights | None = None
+    devices: tuple[torch.device, ...] = (torch.device("cpu"),)
     probed: Path | None = None
     resume_s: float = 15.0
+    look_s: float = 60.0
+    drain_s: float = 120.0
+    measure_line: bool = True
     engine: EngineSettings = field(default_factory=EngineSettings)
 
 
@@ -83,16 +101,32 @@ class Node:
         self._dht = dht
         self._checkpoint = checkpoint
         self._settings = settings
-        self._engine: Engine | None = None
+        self._serving: Serving | None = None
+        self._leaving: list[Serving] = []
         self._linear = settings.linear or ""
+        self._length = 0  # of spans that we choose
+        self._speed: Throughput | None = None
+        self._lone_before = 0, 0.0  # lone steps of the engine, and their seconds, that have been looked at
+        self._pauses: set[str] = set()
         self.metrics = metrics
         self.announcement: NodeAnnouncement | None = None
-        self.held: dict[bytes, _Held] = {}  # sessions by token
 
     @property
     def stats(self) -> tuple[int, int]:
-        """Open sessions, and tokens computed so far."""
-        return (0, 0) if self._engine is None else (self._engine.stats.sessions, self._engine.stats.tokens)
+        """Open sessions, and tokens computed so far by the engines that run."""
+        engines = [serving.engine for serving in self._servings]
+        return sum(each.stats.sessions for each in engines), sum(each.stats.tokens for each in engines)
+
+    @property
+    def engine(self) -> Engine:
+        """That of the blocks that are announced.
+
+        Raises:
+            RpcError: none has been loaded yet.
+        """
+        if self._serving is None:
+            raise RpcError("busy", "the node is still loading", RETRY_AFTER_S)
+        return self._serving.engine
 
     async def run(
         self,
@@ -103,50 +137,101 @@ class Node:
         """Load, announce, and serve until cancelled; ``started`` gets what was announced.
 
         Args:
-            progress: called from another thread with (blocks loaded, blocks to load).
+            progress: called from another thread with (blocks loaded, blocks to load), at the start alone.
 
         Raises:
             CheckpointError: the span cannot be loaded.
         Cancellation: withdraws the announcement (at most two seconds), then frees everything.
         """
         try:
-            span = await self._load(progress)
-            engine = self._engine = Engine(span, self._settings.engine, self.metrics)
-            if self.metrics is not None:
-                self.metrics.read_from(lambda: engine.stats)
             async with open_service_nursery() as nursery:
-                await nursery.start(engine.run)
-                nursery.start_soon(self._sweep)
-                speed = await engine.measure()
+                await self._come_up(nursery, progress)
+                if self.metrics is not None:
+                    self.metrics.read_from(lambda: self.engine.stats)
+                serve_perf(self._host)
                 self._host.handle(wire.PROTOCOL_ID, self._serve)
-                self.announcement = self._offer(span.start, span.end, loaded=span, speed=speed)
+                self.announcement = self._offer_loaded(self.engine.span)
                 await self._announce()
                 task_status.started(self.announcement)
+                nursery.start_soon(self._watch_speed)
+                if self._settings.span is None and self._length < self._checkpoint.n_blocks:
+                    nursery.start_soon(self._look_around, nursery)
         finally:
             with trio.move_on_after(2, shield=True):
                 await self._dht.withdraw()
 
-    # Which blocks
+    @property
+    def _servings(self) -> list[Serving]:
+        return self._leaving if self._serving is None else [self._serving, *self._leaving]
 
-    async def _load(self, progress: Callable[[int, int], None] | None) -> BloomSpan:
-        """Choose a span and load it; another one when it turns out to be somebody else's.
+    async def _start(self, span: BloomSpan, nursery: trio.Nursery) -> Serving:
+        serving = Serving(span, self._settings.engine, resume_s=self._settings.resume_s, metrics=self.metrics)
+        await nursery.start(serving.run)
+        self._lone_before = 0, 0.0
+        return serving
 
-        (Who looked before we announced and announced after we had looked was not seen the first time.)
+    # Pausing
+
+    async def pause(self, why: str) -> None:
+        """Serve nobody until each pause has been ended: withdraw, and end all sessions, whose clients go elsewhere.
+
+        Weights stay in memory. A second pause for the same reason is none.
         """
-        for _ in range(PLACEMENT_ROUNDS):
+        was_paused = bool(self._pauses)
+        self._pauses.add(why)
+        if was_paused:
+            return
+        await self._dht.withdraw()
+        for serving in list(self._servings):
+            await serving.free_all()
+        logger.warning("paused: %s", why)
+
+    async def resume(self, why: str) -> None:
+        """End a pause; one that there is not is no error."""
+        if why not in self._pauses:
+            return
+        self._pauses.remove(why)
+        if not self._pauses:
+            await self._announce()
+            logger.warning("goes on, no longer paused: %s", why)
+
+    @property
+    def paused(self) -> bool:
+        """Whether nobody is served."""
+        return bool(self._pauses)
+
+    # Which blocks, at the start
+
+    async def _come_up(self, nursery: trio.Nursery, progress: Callable[[int, int], None] | None) -> None:
+        """Choose a span, load it and measure; another one when it turns out to be somebody else's.
+
+        (Who looked before we announced and announced after we had looked was not seen the first time. Nothing that
+        takes long may come after the last look.)
+        """
+        for rounds_left in reversed(range(PLACEMENT_ROUNDS)):
             start, end = await self._settle()
-            load = partial(
-                self._checkpoint.load_span,
+            serving = await self._start(await self._load_blocks(start, end, progress), nursery)
+            if self._speed is None:
+                self._speed = await self._find_speed(serving.engine)
+            if self._settings.span is not None or not rounds_left or not await self._is_taken(start, end):
+                self._serving = serving
+                return
+            await serving.drain(0)
+
+    async def _load_blocks(self, start: int, end: int, progress: Callable[[int, int], None] | None = None) -> BloomSpan:
+        def load() -> BloomSpan:
+            span = self._checkpoint.load_span(
                 start,
                 end,
                 progress=progress,
                 linear=self._linear,
                 kept=self._settings.kept,
+                device=self._settings.devices,
             )
-            span = await trio.to_thread.run_sync(load, abandon_on_cancel=True)
-            if self._settings.span is not None or not await self._is_taken(start, end):
-                break
-        return span
+            attach_graphs(span)
+            return span
+
+        return await trio.to_thread.run_sync(load, abandon_on_cancel=True)
 
     async def _is_taken(self, start: int, end: int) -> bool:
         """Whether another node has the right to these very blocks, and there are others that are served less."""
@@ -167,23 +252,32 @@ class Node:
         """Choose a span such that nodes that come up together do not all choose the same."""
         others = await self._others()
         await self._choose_linear(others)
+        self._length = self._choose_length()
         if self._settings.span is not None:
             span = self._settings.span
             self.announcement = self._offer(*span)
             return span
         n_blocks = self._checkpoint.n_blocks
-        length = self._settings.max_blocks or n_blocks
-        span = choose_span(n_blocks, length, others)
+        span = choose_span(n_blocks, self._length, others)
         for _ in range(PLACEMENT_ROUNDS):
             self.announcement = self._offer(*span)
             await self._announce()
             seniors = self._senior(await self._others(), span)
             await self._choose_linear(self._first(seniors))
-            better = choose_span(n_blocks, length, seniors)
+            better = choose_span(n_blocks, self._length, seniors)
             if better == span:
                 break
             span = better
         return span
+
+    def _choose_length(self) -> int:
+        """How many blocks to serve, where it is ours to choose."""
+        length = self._settings.max_blocks
+        if length is None:
+            devices = self._settings.devices
+            block_bytes = self._checkpoint.block_bytes(self._linear, devices[0])
+            length = count_fitting([free_bytes(device) for device in devices], block_bytes)
+        return min(length, self._checkpoint.n_blocks)
 
     def _first(self, nodes: list[NodeAnnouncement]) -> list[NodeAnnouncement]:
         """Those who are there before us: online, or with a lower PeerId."""
@@ -196,7 +290,7 @@ class Node:
             return
         blocks = Counter[str]()
         for node in others:
-            name = linear_name(node.numerics)
+            name = linear_name(node.numerics, self._settings.devices[0])
             if name is not None:
                 blocks[name] += node.end - node.start
         if blocks:
@@ -205,6 +299,8 @@ class Node:
             self._linear = await trio.to_thread.run_sync(self._probe, abandon_on_cancel=True)
 
     def _probe(self) -> str:
+        if self._settings.devices[0].type != "cpu":
+            return GPU_LINEAR
         threads = self._settings.engine.threads
         if threads is not None:
             torch.set_num_threads(threads)
@@ -218,28 +314,159 @@ class Node:
             if node.digest == self._checkpoint.digest and node.peer_id != self._host.peer_id
         ]
 
+    # Which blocks, later
+
+    async def _look_around(self, nursery: trio.Nursery) -> None:
+        """Move whenever the swarm lacks other blocks more."""
+        while True:
+            await trio.sleep(self._settings.look_s * random.uniform(1 - JITTER, 1 + JITTER))
+            if not self._pauses and not self._leaving:
+                await self._move_if_better(nursery)
+
+    async def _move_if_better(self, nursery: trio.Nursery) -> None:
+        """Look, and look again whenever others may have seen what we intend, before it is done."""
+        old, others = self._serving, await self._others()
+        if old is None:
+            return
+        here = old.span.start, old.span.end
+        target = better_span(self._checkpoint.n_blocks, here, self._length, self._worth, others)
+        if target is None:
+            return
+        await self._intend(target)
+        if not await self._may_go(here, target):
+            await self._intend(None)
+            return
+        logger.info("moves from blocks %d:%d to %d:%d", *here, *target)
+        if _fits_beside(old.span, target):
+            span = await self._try_to_load(*target)
+            if span is None or not await self._may_go(here, target):
+                await self._intend(None)
+                return
+            self._leaving.append(old)
+            nursery.start_soon(self._let_go)
+        else:  # others serve our blocks, or it would not be a good move: sessions can go there
+            self._serving = None
+            self._leaving.append(old)
+            self.announcement = self._offer(*target)
+            await self._announce()
+            del old
+            await self._let_go()
+            span = await self._try_to_load(*target) or await self._load_blocks(*here)
+        self._serving = await self._start(span, nursery)
+        self.announcement = self._offer_loaded(span)
+        await self._announce()
+
+    async def _try_to_load(self, start: int, end: int) -> BloomSpan | None:
+        try:
+            return await self._load_blocks(start, end)
+        except (CheckpointError, MemoryError, RuntimeError) as error:  # the last is how torch says that memory is out
+            logger.warning("blocks %d:%d cannot be loaded, and the node stays where it was: %s", start, end, error)
+            return None
+
+    async def _may_go(self, here: tuple[int, int], target: tuple[int, int]) -> bool:
+        others = await self._others()
+        return keeps_move(self._checkpoint.n_blocks, here, target, self._worth, self._host.peer_id, others)
+
+    async def _intend(self, target: tuple[int, int] | None) -> None:
+        """Announce where we are about to move."""
+        if self.announcement is not None:
+            self.announcement = replace(self.announcement, next=target)
+            await self._announce()
+
+    async def _let_go(self) -> None:
+        """Have the sessions of what we leave end, and its memory free."""
+        for old in self._leaving:
+            await old.drain(self._settings.drain_s)
+        self._leaving.clear()
+        del old
+        await trio.to_thread.run_sync(gc.collect)
+
+    # What it is worth
+
+    async def _find_speed(self, engine: Engine) -> Throughput:
+        """Measured, or remembered."""
+        configuration = Configuration(
+            model=self._checkpoint.digest,
+            blocks=len(engine.span),
+            linear=self._linear,
+            threads=self._settings.engine.threads,
+            devices=tuple(str(device) for device in self._settings.devices),
+        )
+        return await throughput(configuration, self._settings.probed, partial(self._measure, engine))
+
+    async def _measure(self, engine: Engine) -> Throughput:
+        speed = await engine.measure()
+        line = await self._measure_line(speed.decode_tokens_per_s) if self._settings.measure_line else None
+        return Throughput(
+            decode_tokens_per_s=speed.decode_tokens_per_s,
+            prefill_tokens_per_s=speed.prefill_tokens_per_s,
+            network_bytes_per_s=line,
+        )
+
+    async def _measure_line(self, tokens_per_s: float) -> float | None:
+        """Bytes per second to the best of a few peers; the first that is fast enough for so many tokens will do."""
+        contacts = self._dht.table.contacts
+        best: float | None = None
+        with trio.move_on_after(LINES_S):
+            for contact in random.sample(contacts, min(LINES, len(contacts))):
+                try:
+                    await self._host.connect(contact.peer_id, contact.addresses)
+                    found = await measure_bytes_per_s(self._host, contact.peer_id)
+                except NetError as error:
+                    logger.info("no line measured with %s: %s", contact.peer_id, error)
+                    continue
+                best = max(best or 0.0, found)
+                if effective_tokens_per_s(tokens_per_s, best, self._checkpoint.config.hidden_size) == tokens_per_s:
+                    break
+        return best
+
+    @property
+    def _worth(self) -> float:
+        """What is announced, tokens per second."""
+        if self._speed is None:
+            return 0.0
+        return self._speed.effective_tokens_per_s(self._checkpoint.config.hidden_size)
+
+    async def _watch_speed(self) -> None:
+        """Announce anew when lone steps have become faster or slower for good."""
+        if self._speed is None:
+            return
+        drift = Drift(self._speed.decode_tokens_per_s, trio.current_time())
+        while True:
+            await trio.sleep(DRIFT_EVERY_S)
+            if self._serving is None:
+                continue
+            stats, (steps, took_s) = self._serving.engine.stats, self._lone_before
+            if stats.lone_steps == steps:
+                continue
+            value = (stats.lone_steps - steps) / max(stats.lone_s - took_s, 1e-9)
+            self._lone_before = stats.lone_steps, stats.lone_s
+            changed = drift.observe(value, trio.current_time())
+            if changed is not None and self.announcement is not None:
+                self._speed = replace(self._speed, decode_tokens_per_s=changed)
+                logger.info("lone steps: %.1f tokens/s now", changed)
+                self.announcement = replace(self.announcement, decode_tokens_per_s=self._worth)
+                await self._announce()
+
     # What we say
 
     async def _announce(self) -> None:
-        await self._dht.announce(keys.of_name(DIRECTORY), KIND, self._body)
+        if not self._pauses:
+            await self._dht.announce(keys.of_name(DIRECTORY), KIND, self._body)
 
     def _body(self) -> dict[str, object]:
         offer = self.announcement
         if offer is None:
             return {"withdrawn": True}
-        if self._engine is not None:
-            stats = self._engine.stats
+        if self._serving is not None:
+            stats = self._serving.engine.stats
             offer = replace(offer, cache_tokens_left=stats.cache_max_tokens - stats.cache_used_tokens)
         # Where and how we are reached is found out while we serve, and changes.
         offer = replace(offer, addresses=tuple(self._host.addresses), reachability=self._host.reachability)
         return offer.to_body()
 
-    def _offer(self, start: int, end: int, *, loaded: BloomSpan | None = None, speed: float = 0.0) -> NodeAnnouncement:
-        """What is announced: that we are about to load these blocks, or have ``loaded`` them."""
-        if loaded is None:
-            dtype, quantization, backend = "float32", "none" if self._linear == "fp32" else self._linear, "cpu"
-        else:
-            dtype, quantization, backend = loaded.numerics
+    def _offer(self, start: int, end: int) -> NodeAnnouncement:
+        """What is announced: that we are about to load these blocks."""
         return NodeAnnouncement(
             peer_id=self._host.peer_id,
             addresses=tuple(self._host.addresses),
@@ -248,157 +475,63 @@ class Node:
             blocks=self._checkpoint.n_blocks,
             start=start,
             end=end,
-            weights="0" * 64 if loaded is None else loaded.digest,
-            numerics=Numerics(dtype=dtype, quantization=quantization, backend=backend),
-            decode_tokens_per_s=speed,
+            weights="0" * 64,
+            numerics=Numerics(
+                dtype=str(default_dtype(self._settings.devices[0])).removeprefix("torch."),
+                quantization="none" if self._linear == "fp32" else self._linear,
+                backend=self._settings.devices[0].type,
+            ),
+            decode_tokens_per_s=self._worth,
             cache_tokens_left=self._settings.engine.cache_tokens or 0,
             max_length=self._settings.engine.max_length_tokens,
-            state="joining" if loaded is None else "online",
+            state="joining",
             agent=f"raceme/{VERSION}",
             reachability=self._host.reachability,
         )
 
+    def _offer_loaded(self, span: BloomSpan) -> NodeAnnouncement:
+        """That we have loaded them."""
+        dtype, quantization, backend = span.numerics
+        numerics = Numerics(dtype=dtype, quantization=quantization, backend=backend)
+        return replace(self._offer(span.start, span.end), weights=span.digest, numerics=numerics, state="online")
+
     # What we answer
 
     async def _serve(self, connection: Connection, stream: Stream) -> None:
-        session = _NodeSession(self, connection.peer_id)
-        methods = {"open": session.open, "resume": session.resume, "step": session.step}
-        broken = True  # by an error, or cancelled together with the connection to the relay that carries it
-        try:
-            await lane.serve(stream, connection.peer_id, methods, idle_s=SESSION_IDLE_S)
-            broken = False
-        finally:
-            with trio.CancelScope(shield=True):
-                await session.end(broken=broken)
+        await NodeSession(self, connection.peer_id, self.metrics).serve(stream)
 
-    # Sessions
+    def serving_for(self, request: wire.Open) -> Serving:
+        """Who opens a session that is asked for.
 
-    async def keep(self, held: _Held) -> None:
-        """Leave a session whose stream broke for ``resume_s``; of one peer's, the newest few."""
-        held.holder = None
-        held.left_at = trio.current_time()
-        left = [each for each in self.held.values() if each.holder is None and each.peer_id == held.peer_id]
-        for oldest in sorted(left, key=lambda each: each.left_at)[:-MAX_LEFT_PER_PEER]:
-            await self.free(oldest)
-
-    async def free(self, held: _Held) -> None:
-        if self.held.pop(held.token, None) is not None:
-            await self.engine.close_session(held.session_id)
-
-    async def _sweep(self) -> None:
-        """Free what nobody came back for."""
-        while True:
-            await trio.sleep(self._settings.resume_s / 4)
-            for held in list(self.held.values()):
-                if held.holder is None and trio.current_time() - held.left_at >= self._settings.resume_s:
-                    await self.free(held)
-
-    @property
-    def engine(self) -> Engine:
-        if self._engine is None:
-            raise RpcError("busy", "the node is still loading", RETRY_AFTER_S)
-        return self._engine
-
-    def check_open(self, request: wire.Open) -> None:
-        """Raises:
-        RpcError: another model, or blocks that are not served here.
+        Raises:
+            RpcError: another model, blocks that are not served here, or nothing is served now.
         """
         offer = self.announcement
-        if offer is None or request.digest != offer.digest:
-            raise RpcError("wrong-model", f"this node serves {offer.model if offer else 'nothing yet'}")
-        if not offer.start <= request.start < request.end <= offer.end:
-            raise RpcError("wrong-span", f"this node serves blocks {offer.start} to {offer.end}")
+        if offer is None or self._serving is None:
+            raise RpcError("busy", "the node is still loading", RETRY_AFTER_S)
+        if self._pauses:
+            raise RpcError("busy", "the node is paused", PAUSED_RETRY_S)
+        if request.digest != offer.digest:
+            raise RpcError("wrong-model", f"this node serves {offer.model}")
+        span = self._serving.span
+        if not span.start <= request.start < request.end <= span.end:
+            raise RpcError("wrong-span", f"this node serves blocks {span.start} to {span.end}")
+        return self._serving
+
+    def find_held(self, token: bytes) -> Held | None:
+        """A session that a stream holds, or held a moment ago; ``None`` if it has ended."""
+        return next((serving.held[token] for serving in self._servings if token in serving.held), None)
 
 
-@dataclass(kw_only=True, eq=False)
-class _Held:
-    """A session that the engine has, and the stream that it belongs to; None while it waits to be resumed."""
-
-    session_id: int
-    peer_id: PeerId
-    token: bytes
-    holder: _NodeSession | None
-    left_at: float = 0.0
+def _fits_beside(old: BloomSpan, target: tuple[int, int]) -> bool:
+    """Whether memory holds blocks ``[start, end)`` as well as those that are loaded."""
+    needed_bytes = sum(layer.weight_bytes for layer in old.linears) * (target[1] - target[0]) // len(old)
+    return sum(free_bytes(device) for device in set(old.devices)) >= needed_bytes
 
 
-class _NodeSession:
-    """The node's side of one stream."""
-
-    def __init__(self, node: Node, peer_id: PeerId) -> None:
-        self._node = node
-        self._peer_id = peer_id
-        self._held: _Held | None = None
-
-    async def open(self, message: Message) -> Message:
-        if self._held is not None:
-            raise RpcError("bad-input", "the session is open already")
-        request = wire.Open.from_fields(message.header)
-        self._node.check_open(request)
-        engine = self._node.engine
-        with _refusals(self._node.metrics):
-            session_id = await engine.open_session(
-                batch=request.batch,
-                max_length=request.max_length,
-                start=request.start,
-                end=request.end,
-                peer=self._peer_id,
-            )
-        token = secrets.token_bytes(wire.TOKEN_BYTES)
-        self._held = _Held(session_id=session_id, peer_id=self._peer_id, token=token, holder=self)
-        self._node.held[token] = self._held
-        stats = engine.stats
-        return Message(header={"cache_tokens_left": stats.cache_max_tokens - stats.cache_used_tokens, "token": token})
-
-    async def resume(self, message: Message) -> Message:
-        """Take over a session of the same peer from a stream that broke, or that the peer wants to leave."""
-        if self._held is not None:
-            raise RpcError("bad-input", "the session is open already")
-        held = self._node.held.get(wire.read_token(message.header))
-        if held is None or held.peer_id != self._peer_id:
-            raise RpcError("no-session", "there is no such session (any more)")
-        held.holder = self
-        self._held = held
-        return Message(header={})
-
-    async def step(self, message: Message) -> Message:
-        held = self._held
-        if held is None:
-            raise RpcError("bad-input", "no session is open on this stream")
-        if held.holder is not self or held.token not in self._node.held:
-            raise RpcError("no-session", "the session went on over another stream")
-        if len(message.tensors) != 1:
-            raise RpcError("bad-input", f"a step carries one tensor, not {len(message.tensors)}")
-        position = wire.read_position(message.header)
-        tensor = message.tensors[0]
-        with _refusals(self._node.metrics):
-            hidden = from_wire(tensor.dtype, tensor.shape, tensor.data)
-            result = await self._node.engine.step(held.session_id, hidden, position)
-        dtype, shape, data = to_wire(result)
-        return Message(header={}, tensors=[Tensor(dtype=dtype, shape=shape, data=data)])
-
-    async def end(self, *, broken: bool) -> None:
-        """The stream is over; what broke may be resumed."""
-        held = self._held
-        if held is not None and held.holder is self:
-            await (self._node.keep(held) if broken else self._node.free(held))
-
-
-def linear_name(numerics: Numerics) -> str | None:
-    """The backend of linear layers that computes like this; None if there is none here."""
+def linear_name(numerics: Numerics, device: torch.device) -> str | None:
+    """The backend of linear layers that computes like this on such a device; None if there is none."""
     name = "fp32" if numerics.quantization == "none" else numerics.quantization
-    is_ours = numerics.dtype == "float32" and numerics.backend.startswith("cpu") and name in BACKENDS
+    dtype = str(default_dtype(device)).removeprefix("torch.")
+    is_ours = numerics.dtype == dtype and numerics.backend.partition("-")[0] == device.type and name in BACKENDS
     return name if is_ours else None
-
-
-@contextmanager
-def _refusals(metrics: Metrics | None) -> Iterator[None]:
-    """Turns the engine's errors into answers, and counts them."""
-    try:
-        yield
-    except Exception as error:
-        if metrics is not None:
-            metrics.refused(error.code if isinstance(error, EngineError) else "internal")
-        if not isinstance(error, EngineError):
-            raise
-        retry = error.retry_after_s if isinstance(error, Later) else None
-        raise RpcError(error.code, str(error), retry) from error

@@ -1,11 +1,15 @@
-"""A thread for what blocks for long, beside the event loop that hands it one job after another."""
+"""A thread for what blocks for long, beside the event loop that hands it one job after another.
+
+On a GPU it works in one stream of its own, so that nothing waits for what others do there in the default one, and what
+it does itself needs no other order than its own.
+"""
 
 from __future__ import annotations
 
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import trio
@@ -20,23 +24,34 @@ class ModelThread:
         is_stopping: Nothing new is begun. Set in the event loop, read in the thread.
     """
 
-    def __init__(self, threads: int | None, last: Callable[[], None]) -> None:
+    def __init__(self, threads: int | None, last: Callable[[], None], devices: Sequence[torch.device] = ()) -> None:
         """Note what to do; nothing runs yet.
 
         Args:
             threads: That torch may use within a job; ``None`` for its own choice.
             last: What to do in the thread before it ends.
+            devices: Where jobs compute; the first one is that of what names no other.
         """
         self.is_stopping = False
         self._threads = threads
         self._last = last
+        self._gpus = [device for device in dict.fromkeys(devices) if device.type == "cuda"]
+        self._streams: list[torch.cuda.Stream] = []
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._token: trio.lowlevel.TrioToken | None = None
         self._ended = trio.Event()
 
     def start(self) -> None:
-        """Begin; to be called in the event loop that :meth:`tell` speaks to."""
+        """Begin, once GPUs have all that was sent there before; to be called in the event loop that :meth:`tell` speaks
+        to.
+
+        Raises:
+            RuntimeError: A GPU does not work (any more).
+        """
         self._token = trio.lowlevel.current_trio_token()
+        for device in self._gpus:
+            torch.cuda.synchronize(device)
+            self._streams.append(torch.cuda.Stream(device))
         threading.Thread(target=self._run, name="raceme-engine", daemon=True).start()
 
     def put(self, job: Callable[[], None]) -> None:
@@ -65,6 +80,10 @@ class ModelThread:
     def _run(self) -> None:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
+        for stream in self._streams:
+            torch.cuda.set_stream(stream)  # of this thread, on the stream's device, which is the current one then
+        if self._gpus:
+            torch.cuda.set_device(self._gpus[0])
         with torch.inference_mode():
             while (job := self._jobs.get()) is not None and not self.is_stopping:
                 job()

@@ -86,12 +86,14 @@ class Configuration:
         blocks: Length of the span.
         linear: Backend of the linear layers.
         threads: Those that the engine was told to use; ``None`` for torch's own choice.
+        devices: Where the blocks are.
     """
 
     model: str
     blocks: int
     linear: str
     threads: int | None
+    devices: tuple[str, ...] = ("cpu",)
 
 
 async def throughput(

@@ -9,6 +9,9 @@ their place. Steps of several sessions run together (:meth:`BloomSpan.steps`) su
 at once and attention each session by itself: a session's bits are then those that it would have alone, if its linear
 layers' rows are independent.
 
+The blocks of a span may lie on several GPUs, in stages of consecutive ones: hidden states move along, and a block's
+keys and values lie where the block does.
+
 With a cache, run under ``torch.inference_mode`` or ``torch.no_grad``: the cache is written in place.
 Without one, gradients flow to the input and to parameters that require them.
 """
@@ -16,6 +19,7 @@ Without one, gradients flow to the input and to parameters that require them.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,6 +31,7 @@ from torch import Tensor, nn
 from compute.bloom.alibi import alibi_bias, slopes
 from compute.bloom.config import BloomConfig
 from compute.bloom.gelu import gelu
+from compute.bloom.segments import EagerSegments, Graphs, Segments
 from compute.linear import FrozenLinear
 
 
@@ -185,65 +190,9 @@ class BloomBlock(nn.Module):
         return output
 
 
-class Segments(Protocol):
-    """What lies between the attentions of a span's blocks: first what comes before the first one (:meth:`begin`), then
-    for each block what comes after its attention and before the next one's (:meth:`go_on`).
-    """
-
-    def begin(self, hidden: Tensor) -> Tensor:
-        """Shapes:
-        hidden: [n, d]
-        returns: [n, 3d], what the first block's attention is made from; it holds until the next call
-        """
-
-    @property
-    def room(self) -> Tensor:
-        """Where attention's result is to be written: [n, d]."""
-
-    def go_on(self, index: int) -> Tensor:
-        """Shapes:
-        returns: [n, 3d] for the block after ``index``; after the last one the span's output, [n, d]
-        """
-
-
-class Graphs(Protocol):
-    """Segments made beforehand: ``compute.bloom.graphs``."""
-
-    def segments(self, rows: int) -> Segments | None:
-        """Those for so many rows; ``None`` where there are none."""
-
-
-class EagerSegments:
-    """Segments run kernel by kernel."""
-
-    def __init__(self, blocks: nn.ModuleList) -> None:
-        """Take a span's blocks."""
-        self._blocks = [block for block in blocks if isinstance(block, BloomBlock)]
-        self._residual = self._room = torch.empty(0)
-
-    @property
-    def room(self) -> Tensor:
-        """See :class:`Segments`."""
-        return self._room
-
-    def begin(self, hidden: Tensor) -> Tensor:
-        """See :class:`Segments`."""
-        self._room = torch.empty_like(hidden)  # [n, d]
-        self._residual, fused = self._blocks[0].enter(hidden)
-        return fused  # [n, 3d]
-
-    def go_on(self, index: int) -> Tensor:
-        """See :class:`Segments`."""
-        hidden = self._blocks[index].leave(self._room, self._residual)  # [n, d]
-        if index + 1 == len(self._blocks):
-            return hidden
-        self._residual, fused = self._blocks[index + 1].enter(hidden)
-        return fused  # [n, 3d]
-
-
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """A step's rows among those of all steps, from ``start`` on, and its bias."""
+    """A step's rows among those of all steps, from ``start`` on, and its bias, on the device of one stage."""
 
     step: Step
     start: int
@@ -266,7 +215,9 @@ class BloomSpan(nn.Module):
         end: Index after the last block.
         block_digests: Digest of each block's weights as stored; empty when they come from no checkpoint.
         digest: Digest of the span's weights, or ``""``.
-        graphs: What :meth:`together` runs instead of single kernels, for the numbers of rows that they are made for.
+        stages: Consecutive blocks on one device, counted from the span's start; one after another, all blocks.
+        graphs: What :meth:`together` runs instead of single kernels, for the numbers of rows that they are made for:
+            one for each of ``stages``, or none.
     """
 
     def __init__(
@@ -292,9 +243,11 @@ class BloomSpan(nn.Module):
             raise ValueError(f"span [{start}, {self.end}) is not within the model's {config.n_layer} blocks")
         self.block_digests = block_digests
         self.digest = digest
-        # Not a buffer: the slopes stay float32 whatever the weights are converted to.
-        self._slopes = slopes(config.n_head)  # [h]
-        self.graphs: Graphs | None = None
+        # No buffers: the slopes stay float32 whatever the weights are converted to, and are wanted on several devices.
+        own = slopes(config.n_head)  # [h]
+        self._slopes = {own.device: own}
+        self.stages = _stages([_device(block) for block in self.blocks])
+        self.graphs: Sequence[Graphs] = ()
 
     def __len__(self) -> int:
         """Number of blocks."""
@@ -311,7 +264,7 @@ class BloomSpan(nn.Module):
         if not self.start <= start < end <= self.end:
             raise ValueError(f"[{start}, {end}) is not within the span [{self.start}, {self.end})")
         chosen = slice(start - self.start, end - self.start)
-        blocks = [block for block in self.blocks[chosen] if isinstance(block, BloomBlock)]
+        blocks = self._listed()[chosen]
         digests = self.block_digests[chosen]
         return BloomSpan(
             self.config, start, blocks, block_digests=digests, digest=span_digest(digests) if digests else ""
@@ -350,8 +303,22 @@ class BloomSpan(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are, and hidden states and cache must be."""
-        return next(self.parameters()).device
+        """Where the first block is, and hidden states must be; results are where the last block is."""
+        return _device(self.blocks[0])
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where each of :attr:`stages` is; keys and values of its blocks must be there, too."""
+        return [_device(self.blocks[stage.start]) for stage in self.stages]
+
+    def place(self, hidden: Tensor, index: int) -> Tensor:
+        """What is on the device of any block, on that of block ``index``, counted from the span's start.
+
+        Shapes:
+            hidden: [...]
+            returns: [...]
+        """
+        return hidden if len(self.stages) == 1 else hidden.to(_device(self.blocks[index]))
 
     def forward(
         self, hidden: Tensor, cache: SpanCache | None = None, position: int = 0, first: int = 0, last: int | None = None
@@ -374,10 +341,27 @@ class BloomSpan(nn.Module):
         """
         if cache is None and position:
             raise ValueError("a position other than 0 needs a cache")
-        bias = self.bias(hidden, position)  # [1, h, t, L]
-        for index in range(first, len(self) if last is None else last):
-            hidden = self.blocks[index](hidden, bias, cache, index, position)  # [b, t, d]
+        last = len(self) if last is None else last
+        for stage in self.stages:
+            begin, end = max(first, stage.start), min(last, stage.stop)
+            if begin < end:
+                hidden = self.place(hidden, begin)  # [b, t, d]
+                bias = self.bias(hidden, position)  # [1, h, t, L]
+                for index in range(begin, end):
+                    hidden = self.blocks[index](hidden, bias, cache, index, position)  # [b, t, d]
         return hidden
+
+    def decode(self, hidden: Tensor, cache: SpanCache, position: int) -> Tensor:
+        """Run every block on a session's next few tokens, from graphs if there are any.
+
+        Shapes:
+            hidden: [b, t, d]
+            returns: [b, t, d]
+        """
+        if self.graphs:
+            return self.steps([Step(hidden, cache, position)])[0]
+        output: Tensor = self(hidden, cache, position)
+        return output
 
     def steps(self, steps: Sequence[Step]) -> list[Tensor]:
         """Run every block on new tokens of several sessions, whose positions may all differ.
@@ -399,40 +383,78 @@ class BloomSpan(nn.Module):
         Shapes:
             returns: [n, d], the tokens of all steps, row by row, one step after another
         """
+        width = self.config.hidden_size
+        rows = torch.cat([step.hidden.reshape(-1, width) for step in steps])  # [n, d]
+        for number, stage in enumerate(self.stages):
+            rows = self._through(number, self.place(rows, stage.start), steps)  # [n, d]
+        return rows
+
+    def _through(self, number: int, rows: Tensor, steps: Sequence[Step]) -> Tensor:
+        """Take all steps' rows through a stage, on whose device they are.
+
+        Shapes:
+            rows: [n, d]
+            returns: [n, d]
+        """
+        stage = self.stages[number]
+        blocks = self._listed()[stage.start : stage.stop]
+        segments = self._segments(number, blocks, len(rows))
+        parts = self._parts(steps, rows)
+        fused = segments.begin(rows)  # [n, 3d]
+        for index, block in enumerate(blocks):
+            merged = segments.room  # [n, d]
+            for part in parts:
+                mine = slice(part.start, part.start + part.b * part.t)
+                own = fused[mine].view(part.b, part.t, -1)  # [b, t, 3d]
+                context = block.self_attention.attend(
+                    own, part.bias, part.step.cache, stage.start + index, part.step.position
+                )  # [b, t, d]
+                merged[mine] = context.view(part.b * part.t, -1)  # [b * t, d]
+            fused = segments.go_on(index)  # [n, 3d]; after the last block [n, d]
+        return fused
+
+    def _parts(self, steps: Sequence[Step], rows: Tensor) -> list[_Part]:
+        """What each step is among all steps' rows, which are on the device where it is about to run: [n, d]."""
         parts: list[_Part] = []
         start = 0
         for step in steps:
             b, t, _ = step.hidden.shape
-            bias = self.bias(step.hidden, step.position)  # [1, h, t, L]
+            bias = self._bias(step.position, t, rows)  # [1, h, t, L]
             parts.append(_Part(step=step, start=start, b=b, t=t, bias=bias))
             start += b * t
-        width = self.config.hidden_size
-        segments = self._segments(start)
-        fused = segments.begin(torch.cat([step.hidden.reshape(-1, width) for step in steps]))  # [n, 3d]
-        for index, block in enumerate(self.blocks):
-            merged = segments.room  # [n, d]
-            for part in parts:
-                rows = slice(part.start, part.start + part.b * part.t)
-                own = fused[rows].view(part.b, part.t, -1)  # [b, t, 3d]
-                attention: BloomAttention = block.self_attention  # type: ignore[assignment]  # block is a BloomBlock
-                context = attention.attend(own, part.bias, part.step.cache, index, part.step.position)  # [b, t, d]
-                merged[rows] = context.view(part.b * part.t, -1)  # [b * t, d]
-            fused = segments.go_on(index)  # [n, 3d]; after the last block [n, d]
-        return fused
+        return parts
 
-    def _segments(self, rows: int) -> Segments:
-        found = None if self.graphs is None else self.graphs.segments(rows)
-        return EagerSegments(self.blocks) if found is None else found
+    def _segments(self, number: int, blocks: Sequence[BloomBlock], rows: int) -> Segments:
+        found = self.graphs[number].segments(rows) if self.graphs else None
+        return EagerSegments(blocks) if found is None else found
+
+    def _listed(self) -> list[BloomBlock]:
+        return [block for block in self.blocks if isinstance(block, BloomBlock)]
 
     def bias(self, hidden: Tensor, position: int) -> Tensor:
-        """What blocks add to the scores of a step's tokens; see :func:`alibi_bias`.
+        """What blocks add to the scores of a step's tokens, on the device of ``hidden``; see :func:`alibi_bias`.
 
         Shapes:
             hidden: [b, t, d]
             returns: [1, h, t, position + t]
         """
-        if self._slopes.device != hidden.device:
-            self._slopes = self._slopes.to(hidden.device)  # [h]
-        bias = alibi_bias(self._slopes, position, hidden.shape[1])  # [1, h, t, L]
+        return self._bias(position, hidden.shape[1], hidden)  # [1, h, t, L]
+
+    def _bias(self, position: int, tokens: int, like: Tensor) -> Tensor:
+        """The same for a number of tokens, on the device of any tensor."""
+        known = self._slopes.get(like.device)
+        if known is None:
+            known = self._slopes[like.device] = next(iter(self._slopes.values())).to(like.device)  # [h]
+        bias = alibi_bias(known, position, tokens)  # [1, h, t, L]
         # A GPU's fused kernels want one dtype for all. Rounded, what is relative is exact where it is near.
-        return bias.to(hidden.dtype) if hidden.is_cuda else bias
+        return bias.to(like.dtype) if like.is_cuda else bias
+
+
+def _device(block: nn.Module) -> torch.device:
+    return next(block.parameters()).device
+
+
+def _stages(devices: Sequence[torch.device]) -> tuple[range, ...]:
+    """Consecutive blocks on one device, by the device of each."""
+    cuts = [index for index in range(1, len(devices)) if devices[index] != devices[index - 1]]
+    return tuple(range(*pair) for pair in itertools.pairwise([0, *cuts, len(devices)]))

@@ -55,7 +55,12 @@ class BloomConfig:
     @property
     def parameters_per_block(self) -> int:
         """Number of parameters of one block: four matrices with their biases and two layer norms."""
-        return 12 * self.hidden_size**2 + 13 * self.hidden_size
+        return self.weights_per_block + 13 * self.hidden_size
+
+    @property
+    def weights_per_block(self) -> int:
+        """Of these, those in matrices."""
+        return 12 * self.hidden_size**2
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> BloomConfig:

@@ -39,6 +39,7 @@ class FrozenLinear(nn.Module, ABC):
         rows_independent: A row's result has the same bits alone and beside any others, up to 32 rows.
         is_kept: Quantising takes long enough to keep the result on disk.
         is_recordable: A CUDA graph can play it back: what it does depends on no values.
+        weight_bits: Of a weight in this form, its part of the scales included; about, for estimates.
         in_features: Width of the input.
         out_features: Width of the output.
     """
@@ -48,6 +49,7 @@ class FrozenLinear(nn.Module, ABC):
     rows_independent: ClassVar[bool] = False
     is_kept: ClassVar[bool] = False
     is_recordable: ClassVar[bool] = True
+    weight_bits: ClassVar[float]
 
     bias: nn.Parameter
 

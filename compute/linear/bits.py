@@ -49,6 +49,7 @@ class Nf4Linear(FrozenLinear):
     name = "nf4"
     kernel = "bitsandbytes"
     is_kept = True
+    weight_bits = 4.5
     is_double: ClassVar[bool] = False
 
     def __init__(self, in_features: int, out_features: int, bias: Tensor, tensors: Mapping[str, Tensor]) -> None:
@@ -176,6 +177,7 @@ class DoubleNf4Linear(Nf4Linear):
     """nf4 whose scales are themselves quantised: 4.1 bits a weight instead of 4.5."""
 
     name = "nf4-double"
+    weight_bits = 4.13
     is_double = True
 
 
@@ -190,6 +192,7 @@ class LlmInt8Linear(FrozenLinear):
     kernel = "bitsandbytes"
     is_kept = True
     is_recordable = False
+    weight_bits = 8
     threshold: ClassVar[float] = 6.0
 
     def __init__(self, in_features: int, out_features: int, bias: Tensor, levels: Tensor, scale: Tensor) -> None:

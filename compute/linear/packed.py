@@ -29,6 +29,7 @@ class Float16Linear(FrozenLinear):
     name = "fp16"
     kernel = "fbgemm"
     rows_independent = True
+    weight_bits = 16
 
     def __init__(self, in_features: int, out_features: int, bias: Tensor, packed: Any) -> None:
         """Take packed weights."""
@@ -73,6 +74,7 @@ class Int8Linear(FrozenLinear):
     kernel = "torch"
     rows_independent = True
     is_kept = True
+    weight_bits = 8
 
     def __init__(self, in_features: int, out_features: int, bias: Tensor, packed: Any) -> None:
         """Take packed weights."""

@@ -29,6 +29,7 @@ class Float32Linear(FrozenLinear):
     name = "fp32"
     kernel = "onednn"
     rows_independent = True
+    weight_bits = 32
 
     def __init__(self, in_features: int, out_features: int, bias: Tensor, packed: Tensor) -> None:
         """Take packed weights."""
@@ -122,6 +123,7 @@ class BFloat16Linear(CastLinear):
 
     name = "bf16"
     dtype = torch.bfloat16
+    weight_bits = 16
 
 
 class CastFloat16Linear(CastLinear):
@@ -129,6 +131,7 @@ class CastFloat16Linear(CastLinear):
 
     name = "fp16"
     dtype = torch.float16
+    weight_bits = 16
 
 
 class CastFloat32Linear(CastLinear):
@@ -136,3 +139,4 @@ class CastFloat32Linear(CastLinear):
 
     name = "fp32"
     dtype = torch.float32
+    weight_bits = 32

@@ -16,6 +16,7 @@ from net.identity import PeerId
 from net.io import SingleUse, check_max_bytes
 from net.transports.base import Accept, RawConnection
 
+BACKLOG = 64  # connections that wait to be accepted
 PIPE_BYTES = 256 * 1024  # on their way in one direction, about what a kernel's socket holds
 
 
@@ -23,7 +24,7 @@ class MemoryNetwork:
     """One closed world of memory addresses. Transports of the same network reach each other."""
 
     def __init__(self) -> None:
-        self._listeners: dict[int, trio.MemorySendChannel[RawConnection]] = {}
+        self._listeners: dict[int, trio.MemorySendChannel[tuple[MemoryStream, Multiaddr]]] = {}
         self._ports = itertools.count(1)
         self._dialers = itertools.count(1_000_000_000)
 
@@ -53,7 +54,7 @@ class MemoryTransport:
         ours, theirs = memory_stream_pair()
         local = Multiaddr(f"/memory/{next(self._network._dialers)}")
         try:
-            listener.send_nowait(RawConnection(stream=theirs, local=address, remote=local))
+            listener.send_nowait((theirs, local))
         except (trio.WouldBlock, trio.BrokenResourceError) as error:
             raise DialError(f"{address}: refused") from error
         return RawConnection(stream=ours, local=local, remote=address)
@@ -72,15 +73,20 @@ class MemoryTransport:
             port = next(self._network._ports)
         if port in self._network._listeners:
             raise AddressError(f"{address} is in use")
-        send, receive = trio.open_memory_channel[RawConnection](64)
+        here = Multiaddr(f"/memory/{port}")
+        send, receive = trio.open_memory_channel[tuple[MemoryStream, Multiaddr]](BACKLOG)
         self._network._listeners[port] = send
         try:
-            async with receive, trio.open_nursery() as nursery:
-                task_status.started([Multiaddr(f"/memory/{port}")])
-                async for raw in receive:
-                    nursery.start_soon(accept, raw)
+            async with trio.open_nursery() as nursery:
+                task_status.started([here])
+                async for stream, remote in receive:
+                    nursery.start_soon(accept, RawConnection(stream=stream, local=here, remote=remote))
         finally:
             del self._network._listeners[port]
+            while receive.statistics().current_buffer_used:  # who dialled meanwhile must not wait for an answer
+                stream, _ = receive.receive_nowait()
+                stream.close()
+            receive.close()
 
 
 class _Pipe:
@@ -151,12 +157,16 @@ class MemoryStream(trio.abc.Stream):
                     return b""
                 await pipe.changed.park()
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
+        """As ``aclose``, at once."""
         self._outgoing.sender_left = True
         self._incoming.receiver_left = True
         self._incoming.data.clear()
         self._outgoing.changed.unpark_all()
         self._incoming.changed.unpark_all()
+
+    async def aclose(self) -> None:
+        self.close()
         await trio.lowlevel.checkpoint()
 
 

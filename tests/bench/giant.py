@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compute.bloom import BloomBlock, BloomConfig, BloomSpan, Step, quantize
-from compute.bloom.graphs import SpanGraphs, cuda_recorder
+from compute.bloom.graphs import attach_graphs
 from compute.cache import KVCache
 from compute.checkpoint import Checkpoint
 from compute.engine import Engine, EngineSettings
@@ -112,8 +112,7 @@ def on_device(config: BloomConfig, linear: str) -> BloomSpan:
         blocks.append(block)
         report.progress(f"giant: block {index + 1} of {config.n_layer}")
     span = BloomSpan(config, 0, blocks)
-    if all(layer.is_recordable for layer in span.linears):
-        span.graphs = SpanGraphs(span, cuda_recorder(span.device))
+    attach_graphs(span)
     return span
 
 

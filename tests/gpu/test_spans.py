@@ -106,18 +106,18 @@ def test_graphs_give_what_single_kernels_give(linear: str, device: torch.device,
     with torch.inference_mode():
         for count in (1, 2, 3, 5):
             expected = span.steps(sessions(span, LENGTHS[:count]))
-            span.graphs = graphs
+            span.graphs = [graphs]
             for _ in range(2):  # recorded, and played back over what was there
                 found = span.steps(sessions(span, LENGTHS[:count]))
                 for ours, theirs in zip(found, expected, strict=True):
                     check_same(span, ours, theirs)
-            span.graphs = None
+            span.graphs = []
     assert graphs.recorded == [1, 2, 4, 8]
 
 
 def test_results_are_not_overwritten_by_the_next_step(device: torch.device, dtype: torch.dtype) -> None:
     span = on_device("fp16", device, dtype)
-    span.graphs = SpanGraphs(span, record_for(device))
+    span.graphs = [SpanGraphs(span, record_for(device))]
     with torch.inference_mode():
         first = span.together(sessions(span, [3]))
         kept = first.clone()
@@ -127,7 +127,8 @@ def test_results_are_not_overwritten_by_the_next_step(device: torch.device, dtyp
 
 def test_more_rows_than_there_are_graphs_for_run_kernel_by_kernel(device: torch.device, dtype: torch.dtype) -> None:
     span = on_device("fp16", device, dtype)
-    span.graphs = graphs = SpanGraphs(span, record_for(device))
+    graphs = SpanGraphs(span, record_for(device))
+    span.graphs = [graphs]
     cache = KVCache.alone(span, 1, 64)
     with torch.inference_mode():
         span.together([Step(hidden_states(1, ROWS[-1] + 1).to(device, dtype), cache, 0)])
@@ -144,7 +145,7 @@ def test_what_cannot_be_recorded_runs_kernel_by_kernel(device: torch.device, dty
     span = on_device("fp16", device, dtype)
     with torch.inference_mode():
         expected = span.together(sessions(span, LENGTHS))
-        span.graphs = SpanGraphs(span, fail)
+        span.graphs = [SpanGraphs(span, fail)]
         for _ in range(2):
             assert torch.equal(span.together(sessions(span, LENGTHS)), expected)
     assert len(calls) == 1  # not tried again and again
@@ -159,7 +160,7 @@ def test_a_checkpoint_is_loaded_onto_the_device(device: torch.device, dtype: tor
     from compute.models import find_checkpoint
 
     checkpoint = find_checkpoint("bloom-tiny")
-    span = checkpoint.load_span(0, 2, dtype, linear="nf4", device=device)
+    span = checkpoint.load_span(0, 2, linear="nf4", device=device)
     assert (span.device.type, span.dtype) == (device.type, dtype)
     hidden = torch.randn(1, 4, span.config.hidden_size, generator=torch.Generator().manual_seed(0))
     expected = checkpoint.load_span(0, 2)(hidden)

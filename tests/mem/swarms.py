@@ -50,6 +50,11 @@ class RunningNode:
         return self.node.stats[0]
 
     @property
+    def tokens(self) -> list[bytes]:
+        """By which its sessions can be resumed."""
+        return [token for serving in self.node._servings for token in serving.held]
+
+    @property
     def cached_tokens(self) -> int:
         stats = self.node.engine.stats
         return stats.cache_used_tokens
@@ -96,14 +101,19 @@ class TestSwarm:
         identity: Identity | None = None,
         max_blocks: int | None = None,
         engine: EngineSettings = ENGINE,
-        resume_s: float = 0.2,
+        **settings: Any,
     ) -> RunningNode:
         """Start a node and wait until it serves."""
         if isinstance(checkpoint, Path):
             checkpoint = Checkpoint.open(checkpoint)
-        settings = NodeSettings(span=span, max_blocks=max_blocks, engine=engine, resume_s=resume_s)
+        settings = {"resume_s": 0.2, "measure_line": False, **settings}
         node: RunningNode = await self.nursery.start(
-            _run_node, self.network, self.bootstrap, checkpoint, settings, identity or Identity.generate()
+            _run_node,
+            self.network,
+            self.bootstrap,
+            checkpoint,
+            NodeSettings(span=span, max_blocks=max_blocks, engine=engine, **settings),
+            identity or Identity.generate(),
         )
         self.nodes.append(node)
         return node

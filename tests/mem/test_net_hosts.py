@@ -67,6 +67,30 @@ async def test_nobody_at_the_address(autojump_clock: MockClock) -> None:
             await one.connect(seeded(99).peer_id, [NOWHERE])
 
 
+async def test_who_dialled_a_listener_that_goes_is_told(autojump_clock: MockClock) -> None:
+    """As TCP's backlog is reset."""
+    transport, arrived, dialled = MemoryNetwork().transport(), list[RawConnection](), list[RawConnection]()
+
+    async def accept(raw: RawConnection) -> None:
+        arrived.append(raw)
+        await raw.stream.aclose()
+
+    async with trio.open_nursery() as nursery:
+        [bound] = await nursery.start(transport.listen, MEMORY_ANY, accept)
+
+        async def dial() -> None:
+            dialled.append(await transport.dial(bound))
+            if len(dialled) == 2:  # both in one turn: the listener has woken up for one of them at most
+                nursery.cancel_scope.cancel()
+
+        nursery.start_soon(dial)
+        nursery.start_soon(dial)
+    assert len(arrived) == 1
+    for raw in dialled:
+        with trio.fail_after(1):
+            assert await raw.stream.receive_some() == b""
+
+
 async def test_a_silent_listener_holds_nobody_up(autojump_clock: MockClock) -> None:
     network = MemoryNetwork()
     async with memory_hosts(1, network=network) as (one,), trio.open_nursery() as nursery:

@@ -15,7 +15,7 @@ import trio.testing
 
 import client.legs
 import client.session
-import compute.node
+import compute.serving
 from client.errors import ClientError, InvalidInput, MissingBlocks, UnknownModel
 from client.models.cache import SessionCache
 from compute.checkpoint import Checkpoint
@@ -259,16 +259,16 @@ async def test_a_session_outlives_its_connection_in_the_midst_of_a_step(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(again)
             await entered.wait()
-            [token] = node.node.held
+            [token] = node.tokens
             for connection in node.host.swarm.connections:
                 if connection.peer_id == swarm.client.host.peer_id:
                     connection.mux.close()
                     await connection.ended.wait()
             await trio.testing.wait_all_tasks_blocked()
-            assert list(node.node.held) == [token]
+            assert node.tokens == [token]
             gate.set()
         assert torch.equal(results[0], before)
-        assert list(node.node.held) == [token]  # resumed, not opened anew
+        assert node.tokens == [token]  # resumed, not opened anew
         await session.aclose()
         await until(lambda: node.sessions == 0)
 
@@ -277,7 +277,7 @@ async def test_nobody_else_can_resume_a_session(odd: Reference) -> None:
     async with swarm_of() as swarm:
         _, session, _ = await resumable(swarm, odd)
         node = swarm.nodes[0]
-        [token] = node.node.held
+        [token] = node.tokens
         async with open_host(Identity.generate(), transports=[swarm.network.transport()]) as thief:
             stream = await thief.open_stream(node.peer_id, [wire.PROTOCOL_ID], node.host.addresses)
             async with lane.Lane(stream, node.peer_id) as stolen_lane:
@@ -295,14 +295,14 @@ async def test_sessions_that_wait_to_be_resumed_are_few(odd: Reference) -> None:
         node = await swarm.add_node(odd.folder, (0, 5), resume_s=60)
         model = await swarm.model(odd.folder)
         sessions: list[SessionCache] = [
-            await blocking(model.session) for _ in range(compute.node.MAX_LEFT_PER_PEER + 2)
+            await blocking(model.session) for _ in range(compute.serving.MAX_LEFT_PER_PEER + 2)
         ]
         for session in sessions:
             await blocking(lambda: greedy(model, PROMPT, 1, session=session))  # noqa: B023
-        assert node.sessions == compute.node.MAX_LEFT_PER_PEER + 2
+        assert node.sessions == compute.serving.MAX_LEFT_PER_PEER + 2
         for connection in swarm.client.host.swarm.connections:
             connection.mux.close()
-        await until(lambda: node.sessions == compute.node.MAX_LEFT_PER_PEER)
+        await until(lambda: node.sessions == compute.serving.MAX_LEFT_PER_PEER)
 
 
 async def test_room_may_be_reserved(odd: Reference) -> None:
@@ -534,13 +534,13 @@ async def test_a_session_outlives_a_failure_when_the_node_comes_back(
 
 
 async def test_a_session_that_the_node_dropped_as_idle(odd: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute.node, "SESSION_IDLE_S", 0.3)
+    monkeypatch.setattr(compute.serving, "SESSION_IDLE_S", 0.3)
     async with swarm_of(odd.folder, TWO) as swarm:
         model = await swarm.model(odd.folder)
         session = await blocking(model.session)
         first = torch.tensor(await blocking(lambda: greedy(model, PROMPT, 4, session=session)))
         await until(lambda: all(node.sessions == 0 for node in swarm.nodes))
-        monkeypatch.setattr(compute.node, "SESSION_IDLE_S", 60.0)
+        monkeypatch.setattr(compute.serving, "SESSION_IDLE_S", 60.0)
         assert await blocking(lambda: greedy(model, first, 4, session=session)) == greedy(odd.model, PROMPT, 8)
         await blocking(session.close)
 
@@ -585,7 +585,7 @@ async def test_a_node_that_answers_nonsense_is_replaced(
     odd: Reference, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_bad = bad_answers()[kind]
-    honest = compute.node._NodeSession.step
+    honest = compute.serving.NodeSession.step
     async with swarm_of(odd.folder, TWO) as swarm:
         bad = swarm.nodes[1]
 
@@ -594,7 +594,7 @@ async def test_a_node_that_answers_nonsense_is_replaced(
             return make_bad(answer) if self._node is bad.node and turned else answer
 
         turned: list[bool] = []
-        monkeypatch.setattr(compute.node._NodeSession, "step", step)
+        monkeypatch.setattr(compute.serving.NodeSession, "step", step)
 
         async def turn() -> None:
             turned.append(True)
@@ -606,7 +606,7 @@ async def test_a_node_that_answers_nonsense_is_replaced(
 
 async def test_a_node_that_does_not_answer_is_replaced(odd: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client.session, "STEP_TIMEOUT_S", 0.5)
-    honest = compute.node._NodeSession.step
+    honest = compute.serving.NodeSession.step
     async with swarm_of(odd.folder, TWO) as swarm:
         bad = swarm.nodes[1]
         silent: list[bool] = []
@@ -616,7 +616,7 @@ async def test_a_node_that_does_not_answer_is_replaced(odd: Reference, monkeypat
                 await trio.sleep_forever()
             return await honest(self, message)
 
-        monkeypatch.setattr(compute.node._NodeSession, "step", step)
+        monkeypatch.setattr(compute.serving.NodeSession, "step", step)
 
         async def silence() -> None:
             silent.append(True)
@@ -628,7 +628,7 @@ async def test_a_node_that_does_not_answer_is_replaced(odd: Reference, monkeypat
 
 @pytest.mark.parametrize("method", ["open", "step"])
 async def test_a_busy_node_is_asked_again(odd: Reference, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = getattr(compute.node._NodeSession, method)
+    honest = getattr(compute.serving.NodeSession, method)
     refusals = [RpcError("busy", "come again", 0.01), RpcError("out-of-cache", "come again", 0.0)]
 
     async def busy(self: Any, message: Message) -> Message:
@@ -637,12 +637,33 @@ async def test_a_busy_node_is_asked_again(odd: Reference, method: str, monkeypat
         answer: Message = await honest(self, message)
         return answer
 
-    monkeypatch.setattr(compute.node._NodeSession, method, busy)
+    monkeypatch.setattr(compute.serving.NodeSession, method, busy)
     async with swarm_of(odd.folder, TWO) as swarm:
         assert await swarm.generate(odd.folder, PROMPT, max_new_tokens=5, do_sample=False) == greedy(
             odd.model, PROMPT, 5
         )
         assert refusals == []
+
+
+@pytest.mark.parametrize("method", ["open", "step"])
+async def test_a_node_that_is_busy_for_long_is_left_for_another(
+    odd: Reference, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, refused = getattr(compute.serving.NodeSession, method), list[Any]()
+
+    async def busy(self: Any, message: Message) -> Message:
+        refused[:] = refused or [self._node]
+        if self._node in refused:
+            raise RpcError("busy", "the node is paused", 60.0)
+        answer: Message = await honest(self, message)
+        return answer
+
+    monkeypatch.setattr(compute.serving.NodeSession, method, busy)
+    async with swarm_of(odd.folder, [(0, 5), (0, 5)]) as swarm:
+        with trio.fail_after(8):
+            ours = await swarm.generate(odd.folder, PROMPT, max_new_tokens=5, do_sample=False)
+        assert ours == greedy(odd.model, PROMPT, 5)
+        assert refused
 
 
 async def test_a_node_that_stays_busy_is_given_up(odd: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -651,7 +672,7 @@ async def test_a_node_that_stays_busy_is_given_up(odd: Reference, monkeypatch: p
 
     monkeypatch.setattr(client.session, "OPENING_WAIT_S", 1.0)
     async with swarm_of(odd.folder, TWO) as swarm:
-        monkeypatch.setattr(compute.node._NodeSession, "step", busy)
+        monkeypatch.setattr(compute.serving.NodeSession, "step", busy)
         with trio.fail_after(8), pytest.raises(MissingBlocks) as caught:
             await swarm.generate(odd.folder, PROMPT, max_new_tokens=5)
         assert "no room left" in str(caught.value)  # what the node said, not only that it failed
@@ -664,7 +685,7 @@ async def test_all_nodes_fail_one_after_another(odd: Reference, monkeypatch: pyt
 
     monkeypatch.setattr(client.session, "OPENING_WAIT_S", 1.0)
     async with swarm_of(odd.folder, [(0, 5)] * 6) as swarm:
-        monkeypatch.setattr(compute.node._NodeSession, "step", broken)
+        monkeypatch.setattr(compute.serving.NodeSession, "step", broken)
         with trio.fail_after(8), pytest.raises(MissingBlocks, match=r"blocks 0:5.*a bug"):
             await swarm.generate(odd.folder, PROMPT, max_new_tokens=5)
         await until(lambda: all(node.sessions == 0 for node in swarm.nodes))

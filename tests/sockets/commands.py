@@ -57,6 +57,24 @@ class Command:
     def json(self) -> Any:
         return json.loads(self.line())
 
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal, and go on."""
+        self._popen.send_signal(number)
+
+    def note(self) -> str:
+        """The next note on standard error, without what notes begin with."""
+        timer = threading.Timer(START_S, self._popen.kill)
+        timer.daemon = True
+        try:
+            timer.start()
+            assert self._popen.stderr is not None
+            lines = [self._popen.stderr.readline(), self._popen.stderr.readline()]
+        finally:
+            timer.cancel()
+        assert lines[0] == "\n", lines
+        assert lines[1].startswith("raceme: note: "), lines
+        return lines[1].removeprefix("raceme: note: ").rstrip("\n")
+
     def end(self, by: signal.Signals | None = None, *, timeout_s: float = STOP_S, stdin: str | None = None) -> Outcome:
         """Send a signal, if any, and wait for the end."""
         if by is not None:

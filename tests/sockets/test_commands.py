@@ -236,6 +236,30 @@ def test_a_node_that_is_told_to_go_withdraws(relay: str, tmp_path: Path, capsys:
     assert match[1] not in status()
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="there are no such signals")
+def test_a_signal_pauses_a_node_and_the_next_one_ends_that(
+    relay: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def is_announced() -> bool:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            client.cli.main(("status", "--bootstrap", relay, "--json"))
+        assert caught.value.code == 0
+        return str(offer["peer_id"]) in capsys.readouterr().out
+
+    with started(tmp_path / "home", *serve(relay, "bloom-tiny", "--blocks", "2:5", "--json")) as command:
+        offer = command.json()
+        assert is_announced()
+        command.send(signal.SIGUSR1)
+        assert command.note() == "paused: SIGUSR1, send it again to go on"
+        assert not is_announced()
+        command.send(signal.SIGUSR1)
+        assert command.note().startswith("goes on")
+        assert is_announced()
+        outcome = command.end(signal.SIGTERM)
+        assert (outcome.status, outcome.output, outcome.errors) == (0, "", "")
+
+
 # Generating
 
 
@@ -476,6 +500,9 @@ def test_models_that_cannot_be_had(
     assert line.startswith("nobody serves blocks 0:1, 3:5 of some-bloom; start a node with: raceme serve some-bloom")
     assert "no model 'no-such'; give one of the shipped models (bloom-tiny)" in failing(*serve(relay, "no-such"))
     assert "--blocks 4:9: bloom-tiny has blocks 0:8" in failing(*serve(relay, "bloom-tiny", "--blocks", "4:9"))
+    assert "--device 'tpu' names no devices" in failing(*serve(relay, "bloom-tiny", "--device", "tpu"))
+    without_gpu = serve(relay, "bloom-tiny", "--device", "cpu", "--pause-when-gpu-busy")
+    assert "--pause-when-gpu-busy: the node uses no GPU; leave it out" in failing(*without_gpu)
 
 
 def test_damaged_checkpoints(failing: Raceme, relay: str, some_bloom: Path, tmp_path: Path) -> None:

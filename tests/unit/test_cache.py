@@ -75,7 +75,7 @@ def test_tokens_in_two_slots_give_the_bits_of_one(shared: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, (p for layer in first.own.layers for p in layer), strict=True))
 
 
-def test_half_of_the_free_memory() -> None:
+def test_the_cache_is_as_large_as_the_memory_for_it() -> None:
     token_bytes = (2 * 2 + 1) * 8 * 4
-    assert free_cache_tokens(SPAN, lambda: 1000 * token_bytes, 0.5) == 500
-    assert free_cache_tokens(SPAN, lambda: 0, 0.5) == 1
+    assert free_cache_tokens(SPAN, lambda device: 500 * token_bytes) == 500
+    assert free_cache_tokens(SPAN, lambda device: 0) == 1

@@ -172,10 +172,10 @@ async def test_no_memory_for_a_slot_ends_the_session_that_wants_it(monkeypatch: 
     span, hidden = make_span(), hidden_states(1, 70)
     honest = SlotMemory._zeros
 
-    def zeros(self: SlotMemory) -> Tensor:
+    def zeros(self: SlotMemory, device: torch.device) -> Tensor:
         if self._shape[2] > 64:
             raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 byte")
-        return honest(self)
+        return honest(self, device)
 
     monkeypatch.setattr(SlotMemory, "_zeros", zeros)
     async with running(span) as engine:

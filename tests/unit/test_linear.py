@@ -247,3 +247,9 @@ def test_gelu_has_gradients() -> None:
     x = normal(3, 192).requires_grad_(True)
     gelu(x).sum().backward()
     assert x.grad is not None and torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_weights_take_about_as_many_bits_as_is_said(name: str) -> None:
+    layer, weight, _ = make(name, 1024, 512)
+    assert layer.weight_bits == pytest.approx(8 * layer.weight_bytes / weight.numel(), rel=0.01)

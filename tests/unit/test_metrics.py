@@ -13,8 +13,8 @@ from compute.cli import _host_port
 from compute.engine import Engine, EngineSettings
 from compute.errors import BadInput, EngineBusy
 from compute.metrics import Metrics
-from compute.node import _refusals
 from compute.scheduler import Refused
+from compute.serving import refusals
 from compute.slots import NoRoom
 from net.errors import RpcError
 from tests.unit.engines import hidden_states, make_span
@@ -53,11 +53,11 @@ async def test_what_an_engine_does_is_in_the_figures() -> None:
 def test_refusals_are_counted_by_code() -> None:
     metrics = Metrics()
     for _ in range(2):
-        with pytest.raises(RpcError), _refusals(metrics):
+        with pytest.raises(RpcError), refusals(metrics):
             raise BadInput("too-long", "x")
-    with pytest.raises(ZeroDivisionError), _refusals(metrics):
+    with pytest.raises(ZeroDivisionError), refusals(metrics):
         raise ZeroDivisionError
-    with pytest.raises(RpcError), _refusals(None):
+    with pytest.raises(RpcError), refusals(None):
         raise BadInput("too-long", "x")
     assert value(metrics.text(), 'raceme_errors_total{code="too-long"}') == 2
     assert value(metrics.text(), 'raceme_errors_total{code="internal"}') == 1
@@ -70,7 +70,7 @@ def test_who_is_put_off_is_told_until_when() -> None:
         (EngineBusy("x"), "busy", 1.0),
         (BadInput("too-long", "x"), "too-long", None),
     ):
-        with pytest.raises(RpcError) as caught, _refusals(None):
+        with pytest.raises(RpcError) as caught, refusals(None):
             raise error
         assert (caught.value.code, caught.value.retry_after_s) == (code, retry_after_s)
 

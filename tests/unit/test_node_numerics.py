@@ -22,19 +22,21 @@ def numerics(quantization: str, backend: str = "cpu-fbgemm", dtype: str = "float
 
 
 @pytest.mark.parametrize(
-    ("seen", "name"),
+    ("seen", "on_cpu", "on_gpu"),
     [
-        (numerics("none", "cpu-onednn"), "fp32"),
-        (numerics("none", "cpu"), "fp32"),
-        (numerics("fp16"), "fp16"),
-        (numerics("llm-int8", "cpu-bitsandbytes-mixing"), "llm-int8"),
-        (numerics("nf4", "cuda-bitsandbytes"), None),
-        (numerics("none", "cpu", "bfloat16"), None),
-        (numerics("of tomorrow"), None),
+        (numerics("none", "cpu-onednn"), "fp32", None),
+        (numerics("none", "cpu"), "fp32", None),
+        (numerics("fp16"), "fp16", None),
+        (numerics("llm-int8", "cpu-bitsandbytes-mixing"), "llm-int8", None),
+        (numerics("nf4", "cuda-bitsandbytes"), None, None),
+        (numerics("nf4", "cuda-bitsandbytes", "bfloat16"), None, "nf4"),
+        (numerics("none", "cpu", "bfloat16"), None, None),
+        (numerics("of tomorrow"), None, None),
     ],
 )
-def test_which_of_our_forms_computes_like_another_node(seen: Numerics, name: str | None) -> None:
-    assert linear_name(seen) == name
+def test_which_of_our_forms_computes_like_another_node(seen: Numerics, on_cpu: str | None, on_gpu: str | None) -> None:
+    assert linear_name(seen, torch.device("cpu")) == on_cpu
+    assert linear_name(seen, torch.device("cuda", 1)) == on_gpu
 
 
 @pytest.fixture
@@ -102,3 +104,29 @@ def test_free_memory_is_what_the_system_says(tmp_path: Path, monkeypatch: pytest
     assert memory.free_bytes(cpu) == 10 << 10
     (tmp_path / "memory.current").write_text("999999\n")
     assert memory.free_bytes(cpu) == 0
+
+
+async def test_the_first_node_on_a_gpu_has_nf4(probes: list[Path | None]) -> None:
+    assert await chosen(NodeSettings(linear=None, devices=(torch.device("cuda", 0),)), []) == "nf4"
+    assert probes == []
+
+
+async def test_as_many_blocks_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, nothing = find_checkpoint("bloom-tiny"), cast(Any, None)
+    span = checkpoint.load_span(0, 2, linear="fp16")
+    each = checkpoint.block_bytes("fp16", torch.device("cpu"))
+    weights = sum(layer.weight_bytes for layer in span.linears) / 2
+    assert weights < each < 1.2 * weights  # biases and norms are in float32, and there are few of them
+
+    def length(blocks: float, settings: NodeSettings) -> int:
+        monkeypatch.setattr(node_module, "free_bytes", lambda _: int(blocks * each / 0.7))
+        return Node(nothing, nothing, checkpoint, settings)._choose_length()
+
+    fp16 = NodeSettings(linear="fp16")
+    assert [length(blocks, fp16) for blocks in (0.0, 1.5, 5.01, 100.0)] == [1, 1, 5, 8]
+    assert length(3.01, NodeSettings(linear="fp32")) == 1
+    assert length(2.01, NodeSettings(linear="fp16", max_blocks=3)) == 3
+    two = (torch.device("cuda", 0), torch.device("cuda", 1))
+    assert length(0, NodeSettings(linear="fp16", devices=two)) == 1
+    bf16 = checkpoint.block_bytes("fp16", torch.device("cuda", 0))
+    assert length(2.51 * bf16 / each, NodeSettings(linear="fp16", devices=two)) == 4
