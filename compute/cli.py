@@ -93,6 +93,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="most tokens that a session keeps; its last token is never kept (default: 2048)",
     )
     serve.add_argument(
+        "--share-prefixes",
+        choices=("peer", "all", "none"),
+        default="peer",
+        help="compute and hold beginnings once that sessions have in common: those of one peer, of all (by the "
+        "time that its steps take, a peer can then find out what others have asked), or none (default: peer)",
+    )
+    serve.add_argument(
         "--threads",
         metavar="N",
         type=console.whole(1, MAX_THREADS),
@@ -135,7 +142,8 @@ def run_serve(options: argparse.Namespace) -> int:
     from compute.linear.kept import KeptWeights
     from compute.metrics import Metrics
     from compute.models import find_checkpoint
-    from compute.node import Node, NodeSettings
+    from compute.node import Node
+    from compute.node_settings import NodeSettings
     from compute.pausing import pause_on_signal, pause_when_busy
     from net.dht.service import Dht
     from net.nurseries import open_service_nursery
@@ -157,7 +165,11 @@ def run_serve(options: argparse.Namespace) -> int:
         kept=KeptWeights(folder / "weights", options.keep_gb << 30) if options.keep_gb else None,
         probed=folder,
         engine=EngineSettings(
-            cache_tokens=options.cache_tokens, max_length_tokens=options.max_length, threads=options.threads
+            cache_tokens=options.cache_tokens,
+            max_length_tokens=options.max_length,
+            share_prefixes=options.share_prefixes != "none",
+            share_between_peers=options.share_prefixes == "all",
+            threads=options.threads,
         ),
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from typing import Final
 
 from compute.scheduler import SchedulerSettings
@@ -31,6 +32,7 @@ class EngineSettings:
         lease_s: After so long without use a session may be ended for anybody's sake.
         keep_s: After so long it is ended.
         share_prefixes: Whether sessions of one peer that begin alike compute and hold the first chunks once.
+        share_between_peers: Whether those of different peers do, too; see :class:`compute.slots.SlotSettings`.
         threads: Threads that torch may use within a step, or ``None`` for torch's own choice.
     """
 
@@ -46,6 +48,7 @@ class EngineSettings:
     lease_s: float = 60.0
     keep_s: float = 600.0
     share_prefixes: bool = True
+    share_between_peers: bool = False
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -73,6 +76,7 @@ class EngineSettings:
             share=self.cache_share,
             lease_s=self.lease_s,
             keep_s=self.keep_s,
+            share_between_peers=self.share_between_peers,
         )
 
     def scheduler(self) -> SchedulerSettings:
@@ -109,3 +113,9 @@ class EngineStats:
     sessions: int
     cache_used_tokens: int
     cache_max_tokens: int
+
+
+def total(stats: Iterable[EngineStats]) -> EngineStats:
+    """All engines' together; those that none has are 0."""
+    each = list(stats)
+    return EngineStats(**{field.name: sum(getattr(one, field.name) for one in each) for field in fields(EngineStats)})

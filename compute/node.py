@@ -13,9 +13,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -25,23 +23,24 @@ from compute.bloom import BloomSpan
 from compute.bloom.graphs import attach_graphs
 from compute.checkpoint import Checkpoint
 from compute.devices import count_fitting, default_dtype
-from compute.engine import Engine, EngineSettings
+from compute.engine import Engine
+from compute.engine_settings import total
 from compute.errors import CheckpointError
 from compute.linear import BACKENDS
-from compute.linear.kept import KeptWeights
 from compute.memory import free_bytes
 from compute.metrics import Metrics
+from compute.node_settings import NodeSettings
 from compute.placement import better_span, choose_span, keeps_move
 from compute.probe import probe
 from compute.serving import Held, NodeSession, Serving
-from compute.throughput import Configuration, Drift, Throughput, effective_tokens_per_s, throughput
+from compute.worth import Worth
 from net.dht import keys
 from net.dht.service import Dht
-from net.errors import NetError, RpcError
+from net.errors import RpcError
 from net.host import Host
 from net.mux.base import Stream
 from net.nurseries import open_service_nursery
-from net.perf import measure_bytes_per_s, serve_perf
+from net.perf import serve_perf
 from net.protocol import session as wire
 from net.protocol.announcement import DIRECTORY, KIND, NodeAnnouncement, Numerics, read_all
 from net.swarm import Connection
@@ -52,43 +51,8 @@ logger = logging.getLogger(__name__)
 RETRY_AFTER_S: Final = 1.0  # while the node loads
 PAUSED_RETRY_S: Final = 60.0
 PLACEMENT_ROUNDS: Final = 5
-LINES: Final = 3  # peers with whom ours is measured
-LINES_S: Final = 15.0  # for all of them
-DRIFT_EVERY_S: Final = 5.0
 GPU_LINEAR: Final = "nf4"  # the most blocks; a step of few rows reads a quarter of what bfloat16 does
 JITTER: Final = 0.25  # either way, so that nodes that came together do not look together
-
-
-@dataclass(frozen=True, kw_only=True)
-class NodeSettings:
-    """What a node serves and how much.
-
-    Attributes:
-        span: blocks [start, end); None for what the swarm lacks most, now and later.
-        max_blocks: the most to take when ``span`` is None; None for as many as fit into memory.
-        linear: backend of the linear layers, one of ``compute.linear.BACKENDS``; None for the one that the model's
-            other nodes on such devices have, since a chain keeps to one, or for the first of them the fastest CPU has,
-            and nf4 on a GPU.
-        kept: where quantised weights are looked for and kept; None for nowhere.
-        devices: where blocks are, the first ones on the first.
-        probed: where it is kept which backend is the fastest here, and how fast the node is; None for nowhere.
-        resume_s: how long a session whose stream broke waits for its client to come back another way.
-        look_s: between looks whether the swarm lacks other blocks more.
-        drain_s: how long sessions may go on with blocks that the node has moved away from.
-        measure_line: whether to find out what our line carries.
-    """
-
-    span: tuple[int, int] | None = None
-    max_blocks: int | None = None
-    linear: str | None = "fp32"
-    kept: KeptWeights | None = None
-    devices: tuple[torch.device, ...] = (torch.device("cpu"),)
-    probed: Path | None = None
-    resume_s: float = 15.0
-    look_s: float = 60.0
-    drain_s: float = 120.0
-    measure_line: bool = True
-    engine: EngineSettings = field(default_factory=EngineSettings)
 
 
 class Node:
@@ -105,8 +69,7 @@ class Node:
         self._leaving: list[Serving] = []
         self._linear = settings.linear or ""
         self._length = 0  # of spans that we choose
-        self._speed: Throughput | None = None
-        self._lone_before = 0, 0.0  # lone steps of the engine, and their seconds, that have been looked at
+        self._worth = Worth(host, dht, checkpoint, settings)
         self._pauses: set[str] = set()
         self.metrics = metrics
         self.announcement: NodeAnnouncement | None = None
@@ -114,8 +77,8 @@ class Node:
     @property
     def stats(self) -> tuple[int, int]:
         """Open sessions, and tokens computed so far by the engines that run."""
-        engines = [serving.engine for serving in self._servings]
-        return sum(each.stats.sessions for each in engines), sum(each.stats.tokens for each in engines)
+        stats = total(serving.engine.stats for serving in self._servings)
+        return stats.sessions, stats.tokens
 
     @property
     def engine(self) -> Engine:
@@ -147,13 +110,13 @@ class Node:
             async with open_service_nursery() as nursery:
                 await self._come_up(nursery, progress)
                 if self.metrics is not None:
-                    self.metrics.read_from(lambda: self.engine.stats)
+                    self.metrics.read_from(lambda: total(serving.engine.stats for serving in self._servings))
                 serve_perf(self._host)
                 self._host.handle(wire.PROTOCOL_ID, self._serve)
                 self.announcement = self._offer_loaded(self.engine.span)
                 await self._announce()
                 task_status.started(self.announcement)
-                nursery.start_soon(self._watch_speed)
+                nursery.start_soon(self._worth.watch, self._current_engine, self._announce_speed)
                 if self._settings.span is None and self._length < self._checkpoint.n_blocks:
                     nursery.start_soon(self._look_around, nursery)
         finally:
@@ -167,7 +130,6 @@ class Node:
     async def _start(self, span: BloomSpan, nursery: trio.Nursery) -> Serving:
         serving = Serving(span, self._settings.engine, resume_s=self._settings.resume_s, metrics=self.metrics)
         await nursery.start(serving.run)
-        self._lone_before = 0, 0.0
         return serving
 
     # Pausing
@@ -211,12 +173,12 @@ class Node:
         for rounds_left in reversed(range(PLACEMENT_ROUNDS)):
             start, end = await self._settle()
             serving = await self._start(await self._load_blocks(start, end, progress), nursery)
-            if self._speed is None:
-                self._speed = await self._find_speed(serving.engine)
+            await self._worth.find(serving.engine, self._linear)
             if self._settings.span is not None or not rounds_left or not await self._is_taken(start, end):
                 self._serving = serving
                 return
             await serving.drain(0)
+            del serving  # before others are loaded
 
     async def _load_blocks(self, start: int, end: int, progress: Callable[[int, int], None] | None = None) -> BloomSpan:
         def load() -> BloomSpan:
@@ -252,7 +214,7 @@ class Node:
         """Choose a span such that nodes that come up together do not all choose the same."""
         others = await self._others()
         await self._choose_linear(others)
-        self._length = self._choose_length()
+        self._length = self._length or self._choose_length()  # once: later there is less memory free
         if self._settings.span is not None:
             span = self._settings.span
             self.announcement = self._offer(*span)
@@ -329,7 +291,7 @@ class Node:
         if old is None:
             return
         here = old.span.start, old.span.end
-        target = better_span(self._checkpoint.n_blocks, here, self._length, self._worth, others)
+        target = better_span(self._checkpoint.n_blocks, here, self._length, self._worth.tokens_per_s, others)
         if target is None:
             return
         await self._intend(target)
@@ -364,8 +326,8 @@ class Node:
             return None
 
     async def _may_go(self, here: tuple[int, int], target: tuple[int, int]) -> bool:
-        others = await self._others()
-        return keeps_move(self._checkpoint.n_blocks, here, target, self._worth, self._host.peer_id, others)
+        own, others = self._host.peer_id, await self._others()
+        return keeps_move(self._checkpoint.n_blocks, here, target, self._worth.tokens_per_s, own, others)
 
     async def _intend(self, target: tuple[int, int] | None) -> None:
         """Announce where we are about to move."""
@@ -381,74 +343,15 @@ class Node:
         del old
         await trio.to_thread.run_sync(gc.collect)
 
-    # What it is worth
-
-    async def _find_speed(self, engine: Engine) -> Throughput:
-        """Measured, or remembered."""
-        configuration = Configuration(
-            model=self._checkpoint.digest,
-            blocks=len(engine.span),
-            linear=self._linear,
-            threads=self._settings.engine.threads,
-            devices=tuple(str(device) for device in self._settings.devices),
-        )
-        return await throughput(configuration, self._settings.probed, partial(self._measure, engine))
-
-    async def _measure(self, engine: Engine) -> Throughput:
-        speed = await engine.measure()
-        line = await self._measure_line(speed.decode_tokens_per_s) if self._settings.measure_line else None
-        return Throughput(
-            decode_tokens_per_s=speed.decode_tokens_per_s,
-            prefill_tokens_per_s=speed.prefill_tokens_per_s,
-            network_bytes_per_s=line,
-        )
-
-    async def _measure_line(self, tokens_per_s: float) -> float | None:
-        """Bytes per second to the best of a few peers; the first that is fast enough for so many tokens will do."""
-        contacts = self._dht.table.contacts
-        best: float | None = None
-        with trio.move_on_after(LINES_S):
-            for contact in random.sample(contacts, min(LINES, len(contacts))):
-                try:
-                    await self._host.connect(contact.peer_id, contact.addresses)
-                    found = await measure_bytes_per_s(self._host, contact.peer_id)
-                except NetError as error:
-                    logger.info("no line measured with %s: %s", contact.peer_id, error)
-                    continue
-                best = max(best or 0.0, found)
-                if effective_tokens_per_s(tokens_per_s, best, self._checkpoint.config.hidden_size) == tokens_per_s:
-                    break
-        return best
-
-    @property
-    def _worth(self) -> float:
-        """What is announced, tokens per second."""
-        if self._speed is None:
-            return 0.0
-        return self._speed.effective_tokens_per_s(self._checkpoint.config.hidden_size)
-
-    async def _watch_speed(self) -> None:
-        """Announce anew when lone steps have become faster or slower for good."""
-        if self._speed is None:
-            return
-        drift = Drift(self._speed.decode_tokens_per_s, trio.current_time())
-        while True:
-            await trio.sleep(DRIFT_EVERY_S)
-            if self._serving is None:
-                continue
-            stats, (steps, took_s) = self._serving.engine.stats, self._lone_before
-            if stats.lone_steps == steps:
-                continue
-            value = (stats.lone_steps - steps) / max(stats.lone_s - took_s, 1e-9)
-            self._lone_before = stats.lone_steps, stats.lone_s
-            changed = drift.observe(value, trio.current_time())
-            if changed is not None and self.announcement is not None:
-                self._speed = replace(self._speed, decode_tokens_per_s=changed)
-                logger.info("lone steps: %.1f tokens/s now", changed)
-                self.announcement = replace(self.announcement, decode_tokens_per_s=self._worth)
-                await self._announce()
-
     # What we say
+
+    def _current_engine(self) -> Engine | None:
+        return None if self._serving is None else self._serving.engine
+
+    async def _announce_speed(self, tokens_per_s: float) -> None:
+        if self.announcement is not None:
+            self.announcement = replace(self.announcement, decode_tokens_per_s=tokens_per_s)
+            await self._announce()
 
     async def _announce(self) -> None:
         if not self._pauses:
@@ -481,7 +384,7 @@ class Node:
                 quantization="none" if self._linear == "fp32" else self._linear,
                 backend=self._settings.devices[0].type,
             ),
-            decode_tokens_per_s=self._worth,
+            decode_tokens_per_s=self._worth.tokens_per_s,
             cache_tokens_left=self._settings.engine.cache_tokens or 0,
             max_length=self._settings.engine.max_length_tokens,
             state="joining",

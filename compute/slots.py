@@ -19,10 +19,11 @@ Leases
 
 Prefixes
     The first tokens of a session can be offered under a digest of what determines them: the hidden states that came
-    in, and how they were cut. Another session of the same peer, with as many rows and over the same blocks, may begin
-    there: it reads the first tokens in the other's slot, and has the rest in a slot of its own. A slot is kept as long
-    as anybody reads it. Who offered and wants to write where others read, or to grow, moves on: it keeps reading
-    there, too, and has the rest elsewhere. A step that puts rows into another order has a new slot of its own for all.
+    in, and how they were cut. Another session of the same peer (of any, if that is allowed), with as many rows and
+    over the same blocks, may begin there: it reads the first tokens in the other's slot, and has the rest in a slot of
+    its own. A slot is kept as long as anybody reads it. Who offered and wants to write where others read, or to grow,
+    moves on: it keeps reading there, too, and has the rest elsewhere. A step that puts rows into another order has a
+    new slot of its own for all.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class SlotSettings:
         lease_s: After so long without use a session may be ended for anybody's sake.
         keep_s: After so long it is ended.
         want_s: How long room is held for who was refused: it was told to come back sooner than that.
+        share_between_peers: Whether a session may begin with what another peer's session offers. What it reads there
+            counts for that peer. By the time that its steps take, a peer can find out what others have asked.
     """
 
     cache_tokens: int = 16_384
@@ -64,6 +67,7 @@ class SlotSettings:
     lease_s: float = 60.0
     keep_s: float = 600.0
     want_s: float = 2.0
+    share_between_peers: bool = False
 
     def __post_init__(self) -> None:
         """Check the bounds.
@@ -362,7 +366,7 @@ class Slots:
     # Prefixes
 
     def offer(self, session: Hashable, tokens: int, digest: bytes) -> bool:
-        """Let others of the same peer begin with a session's first ``tokens`` tokens.
+        """Let others begin with a session's first ``tokens`` tokens.
 
         Returns:
             Whether they may: not if the session itself began with somebody else's, or offers many already.
@@ -377,7 +381,7 @@ class Slots:
         holding = known.own
         if known.shared or holding is None or len(holding.prefixes) >= MAX_PREFIXES_PER_SLOT:
             return False
-        key = (known.peer, known.group, known.rows, tokens, digest)
+        key = self._prefix_key(known, tokens, digest)
         if key in self._directory or tokens in holding.prefixes:
             return False
         holding.prefixes[tokens] = key
@@ -385,7 +389,7 @@ class Slots:
         return True
 
     def begin_with(self, session: Hashable, digests: Iterable[tuple[int, bytes]], now: float) -> int:
-        """Begin an empty session with tokens that another of the same peer has.
+        """Begin an empty session with tokens that another has, of the same peer unless all may share.
 
         Args:
             session: One without tokens.
@@ -403,7 +407,7 @@ class Slots:
         if known.busy or known.own or known.source:
             raise ValueError(f"session {session!r} has begun already")
         for tokens, digest in sorted(digests, reverse=True):
-            holding = self._directory.get((known.peer, known.group, known.rows, tokens, digest))
+            holding = self._directory.get(self._prefix_key(known, tokens, digest))
             if holding is None or tokens > known.max_length:
                 continue
             known.source = holding
@@ -412,6 +416,10 @@ class Slots:
             known.used_at = now
             return tokens
         return 0
+
+    def _prefix_key(self, known: _Session, tokens: int, digest: bytes) -> Hashable:
+        whose = () if self.settings.share_between_peers else (known.peer,)
+        return (*whose, known.group, known.rows, tokens, digest)
 
     # Steps
 

@@ -15,7 +15,8 @@ from client.models.bloom import DistributedBloomForCausalLM
 from client.swarm import AsyncSwarm
 from compute.checkpoint import Checkpoint
 from compute.engine import EngineSettings
-from compute.node import Node, NodeSettings
+from compute.node import Node
+from compute.node_settings import NodeSettings
 from net.addresses import PeerAddress, parse
 from net.dht.service import Dht
 from net.host import Host, open_host

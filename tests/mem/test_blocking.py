@@ -21,7 +21,8 @@ import client
 from client.blocking import Swarm
 from client.errors import ClientError, InvalidInput, UnknownModel
 from compute.checkpoint import Checkpoint
-from compute.node import Node, NodeSettings
+from compute.node import Node
+from compute.node_settings import NodeSettings
 from net.addresses import parse
 from net.dht.service import Dht
 from net.errors import AddressError, DialError, PeerIdMismatch

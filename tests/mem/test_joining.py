@@ -13,7 +13,8 @@ import trio
 
 from compute.checkpoint import Checkpoint
 from compute.errors import CheckpointError
-from compute.node import Node, NodeSettings
+from compute.node import Node
+from compute.node_settings import NodeSettings
 from net.dht import keys
 from net.errors import RpcError
 from net.identity import Identity

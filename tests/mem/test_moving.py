@@ -13,6 +13,7 @@ import torch
 import trio
 
 import compute.node
+import compute.worth
 from compute.bloom import BloomSpan
 from compute.checkpoint import Checkpoint
 from compute.engine import Engine
@@ -327,7 +328,7 @@ async def test_a_slow_line_is_what_a_node_is_worth(odd: Reference, monkeypatch: 
             raise DialError("nobody there")
         return 3840.0
 
-    monkeypatch.setattr(compute.node, "measure_bytes_per_s", measure)
+    monkeypatch.setattr(compute.worth, "measure_bytes_per_s", measure)
     async with swarm_of(odd.folder, [(0, 5), (0, 5)]) as swarm:
         node = await swarm.add_node(odd.folder, (0, 5), measure_line=True)
         assert node.offer.decode_tokens_per_s == 3840 / (8 * 48)
@@ -338,7 +339,7 @@ async def test_the_line_is_measured_with_who_is_there(odd: Reference) -> None:
     async with swarm_of(odd.folder, [(0, 5)]) as swarm:
         node = await swarm.add_node(odd.folder, (0, 5), measure_line=True)
         assert node.offer.decode_tokens_per_s == 100.0
-        speed = node.node._speed
+        speed = node.node._worth.speed
         assert speed is not None
         assert speed.network_bytes_per_s is not None
 
@@ -354,8 +355,8 @@ async def test_a_speed_that_drifts_is_announced_anew(odd: Reference, monkeypatch
             values.append(value)
             return 42.0
 
-    monkeypatch.setattr(compute.node, "Drift", Jumpy)
-    monkeypatch.setattr(compute.node, "DRIFT_EVERY_S", 0.002)
+    monkeypatch.setattr(compute.worth, "Drift", Jumpy)
+    monkeypatch.setattr(compute.worth, "DRIFT_EVERY_S", 0.002)
     async with swarm_of(odd.folder, [(0, 5), (0, 5)]) as swarm:
         node, other = swarm.nodes
         async with session_with(swarm, node) as session:

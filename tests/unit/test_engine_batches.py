@@ -268,6 +268,19 @@ async def test_a_step_that_fails_while_rows_change_places_forgets_all() -> None:
 # Prefixes
 
 
+@pytest.mark.parametrize("together", [True, False])
+async def test_peers_compute_a_beginning_once_only_where_that_is_allowed(together: bool) -> None:
+    prompt = hidden_states(1, 130)
+    settings = EngineSettings(chunk_tokens=40, share_between_peers=together)
+    async with running(make_span(), settings) as engine:
+        outputs = []
+        for peer in ("p", "q"):
+            session = await engine.open_session(batch=1, max_length=140, peer=peer)
+            outputs.append(await engine.step(session, prompt, 0))
+        assert torch.equal(*outputs)
+        assert engine.stats.cache_used_tokens == 256 + (64 if together else 256)
+
+
 async def test_who_begins_alike_computes_the_beginning_once() -> None:
     span = GatedSpan(make_span())
     span.gate.set()

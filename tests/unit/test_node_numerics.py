@@ -11,7 +11,8 @@ import torch
 from compute import memory
 from compute import node as node_module
 from compute.models import find_checkpoint
-from compute.node import Node, NodeSettings, linear_name
+from compute.node import Node, linear_name
+from compute.node_settings import NodeSettings
 from compute.probe import Probe
 from net.protocol.announcement import NodeAnnouncement, Numerics
 from tests.unit.announcements import node as announced

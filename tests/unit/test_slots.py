@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import settings
@@ -365,6 +365,21 @@ def test_nothing_is_shared_between_peers_rows_or_blocks() -> None:
         assert slots.begin_with(session, [(30, b"30")], 0.0) == 0
 
 
+def test_peers_share_where_that_is_allowed() -> None:
+    slots = with_prefix(replace(SMALL, share_between_peers=True))
+    slots.open("peer", "q", rows=1, max_length=256, now=0.0)
+    slots.open("rows", "q", rows=2, max_length=256, now=0.0)
+    assert slots.begin_with("rows", [(30, b"30")], 0.0) == 0
+    assert slots.begin_with("peer", [(30, b"30")], 0.0) == 30
+    assert slots.place("peer").shared_slot == slots.place("first").slot
+    assert (slots.held_tokens("p"), slots.held_tokens("q")) == (64, 0)
+    slots.close("first")
+    slots.close("second")
+    assert slots.held_tokens("p") == 64  # until nobody reads it any more
+    slots.close("peer")
+    assert slots.used_tokens == 0
+
+
 def test_what_is_overwritten_is_no_prefix_any_more() -> None:
     slots = Slots(SMALL)
     opened(slots, ("first", "p"), ("second", "p"))
@@ -491,9 +506,11 @@ OPTIONS = SlotSettings(
 class AnyOrder(RuleBasedStateMachine):
     """Peers that open, write, share, go back, fail, leave and sleep; one of them is greedy."""
 
+    options: ClassVar[SlotSettings] = OPTIONS
+
     def __init__(self) -> None:
         super().__init__()
-        self.slots = Slots(OPTIONS)
+        self.slots = Slots(self.options)
         self.driver = Driver()
         self.now = 0.0
         self.count = 0
@@ -603,7 +620,7 @@ class AnyOrder(RuleBasedStateMachine):
         digests = [(count, repr(model[:count]).encode()) for count in (4, 8, 20) if count <= len(model)]
         count = self.slots.begin_with(session, digests, self.now)
         if count and like not in self.leaving:
-            assert self.peers[like] == self.peers[session]
+            assert self.peers[like] == self.peers[session] or self.options.share_between_peers
             assert self.rows[like] == self.rows[session]
         self.has[session] = model[:count]
 
@@ -683,3 +700,13 @@ class AnyOrder(RuleBasedStateMachine):
 
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+
+
+class AnyOrderTogether(AnyOrder):
+    """The same where peers share."""
+
+    options: ClassVar[SlotSettings] = replace(OPTIONS, share_between_peers=True)
+
+
+TestAnyOrderTogether = AnyOrderTogether.TestCase
+TestAnyOrderTogether.settings = settings(max_examples=75, stateful_step_count=50, deadline=None)
