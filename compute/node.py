@@ -26,6 +26,7 @@ from compute.devices import count_fitting, default_dtype
 from compute.engine import Engine
 from compute.engine_settings import total
 from compute.errors import CheckpointError
+from compute.huge_pages import use_huge_pages
 from compute.linear import BACKENDS
 from compute.memory import free_bytes
 from compute.metrics import Metrics
@@ -191,6 +192,8 @@ class Node:
                 device=self._settings.devices,
             )
             attach_graphs(span)
+            if span.device.type == "cpu":
+                use_huge_pages()
             return span
 
         return await trio.to_thread.run_sync(load, abandon_on_cancel=True)

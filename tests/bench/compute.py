@@ -2,8 +2,9 @@
 
 decode-*-vs-floor: a step of one row after 256 tokens, over the time that reading the weights and the cache takes at the
 bandwidth measured beside it (a sum over as many bytes, or a product with a vector, whichever is faster). More blocks
-than a processor's caches hold are run in turn, as in a model. decode-560m-fp32-vs-transformers: the same step, packed
-float32 against transformers' blocks with its cache.
+than a processor's caches hold are run in turn, as in a model; weights and what is read beside them are in huge pages,
+as a node has its weights. decode-560m-fp32-vs-transformers: the same step, packed float32 against transformers' blocks
+with its cache.
 backward-vs-forward: gradients of 128 tokens with the forward recomputed, as a node does it, over the forward alone.
 overhead-ms-per-block: a step at hidden size 64, where there is next to nothing to compute. prefill-chunked: 1,024
 tokens in chunks of 256 over the same at once. nf4-vs-bitsandbytes: the library's time for one row of 7b1's widest layer
@@ -36,6 +37,7 @@ from compute.bloom import BloomBlock, BloomConfig, BloomSpan, quantize
 from compute.cache import KVCache
 from compute.engine import Engine, EngineSettings
 from compute.estimates import Kind
+from compute.huge_pages import use_huge_pages
 from compute.linear import backend
 from compute.probe import probe
 from tests.bench import report
@@ -89,7 +91,7 @@ def make_block(config: BloomConfig, seed: int = 0) -> BloomBlock:
 
 
 def make_span(name: str, linear: str, scale: float, blocks: int | None = None) -> BloomSpan:
-    """Enough blocks to fill ``COLD_BYTES``, one unquantised at a time."""
+    """Enough blocks to fill ``COLD_BYTES``, one unquantised at a time; in huge pages, as a node has them."""
     each = 12 * make_config(name, 1, scale).hidden_size ** 2 * {"fp32": 4, "fp16": 2}[linear]
     blocks = blocks or max(2, min(24, round(COLD_BYTES * scale / each)))
     config = make_config(name, blocks, scale)
@@ -98,6 +100,7 @@ def make_span(name: str, linear: str, scale: float, blocks: int | None = None) -
         block = make_block(config, seed)
         quantize(block, linear)
         made.append(block)
+    use_huge_pages()
     return BloomSpan(config, 0, made)
 
 
@@ -179,6 +182,7 @@ class Theirs:
 def measure_decode(note: Callable[[str, float], None], name: str, scale: float, runs: int) -> None:
     decoding = Decoding(make_span(name, "fp16", scale))
     buffer = torch.ones(decoding.bytes_read // 4)
+    use_huge_pages()  # the floor is no higher than it could be
     decoding.step()
     for _ in range(runs):
         floor_s, bandwidth = floor_of(decoding, buffer)
