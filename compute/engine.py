@@ -96,15 +96,6 @@ class _Request:
     began_at: float | None = None
 
 
-@dataclass(eq=False)
-class _Call:
-    """A function for the thread, and who waits for it. ``abandoned`` is read in the thread."""
-
-    done: trio.Event = field(default_factory=trio.Event)
-    abandoned: bool = False
-    error: BaseException | None = None
-
-
 class Engine:
     """Runs a span for many sessions. Start it with ``nursery.start(engine.run)``.
 
@@ -125,7 +116,6 @@ class Engine:
         self._sessions: dict[int, _Session] = {}
         self._closing: dict[int, _Session] = {}
         self._requests: dict[Ticket, _Request] = {}
-        self._calls: set[_Call] = set()
         self._keys = itertools.count(1)
         self._state = "new"  # new -> running -> stopping -> stopped
         # To the thread and back
@@ -150,7 +140,7 @@ class Engine:
             busy_s=self._busy_s,
             lone_steps=self._lone_steps,
             lone_s=self._lone_s,
-            waiting=len(self._requests) + len(self._calls),
+            waiting=len(self._requests) + self._thread.calls,
             sessions=len(self._sessions),
             cache_used_tokens=self._slots.used_tokens,
             cache_max_tokens=self._slots.settings.cache_tokens,
@@ -393,23 +383,7 @@ class Engine:
         self._check_running()
         if self.stats.waiting >= self.settings.max_waiting:
             raise EngineBusy(f"{self.stats.waiting} steps wait already")
-        call, results = _Call(), list[Speed]()
-        self._calls.add(call)
-
-        def wanted() -> bool:
-            return not call.abandoned and not self._thread.is_stopping
-
-        def work() -> None:
-            results.append(measure(self.span, steps, wanted))
-
-        self._thread.put(functools.partial(self._run_call, call, work))
-        try:
-            await call.done.wait()
-        finally:
-            call.abandoned = True
-        if call.error is not None:
-            raise call.error
-        return results[0]
+        return await self._thread.run(lambda wanted: measure(self.span, steps, wanted))
 
     # What is asked for
 
@@ -689,10 +663,6 @@ class Engine:
         for ticket in list(self._requests):
             self._scheduler.cancel(ticket)
             self._end(ticket, EngineStopped("the engine has stopped"))
-        for call in self._calls:
-            call.error = EngineStopped("the engine has stopped")
-            call.done.set()
-        self._calls.clear()
         for session in [*self._sessions.values(), *self._closing.values()]:
             self._slots.close(session.key)
             session.closed.set()
@@ -707,13 +677,6 @@ class Engine:
         took_s = time.perf_counter() - began
         self._thread.tell(functools.partial(self._note, functools.partial(self._plan_ended, batch, outcomes, took_s)))
 
-    def _run_call(self, call: _Call, function: Callable[[], object]) -> None:
-        try:
-            function()
-        except BaseException as exc:  # noqa: BLE001  # handed over to whoever waits, who raises it
-            call.error = exc
-        self._thread.tell(functools.partial(self._note, functools.partial(self._call_ended, call)))
-
     # Back in the event loop
 
     def _note(self, function: Callable[[], None]) -> None:
@@ -724,10 +687,6 @@ class Engine:
         except BaseException as exc:  # noqa: BLE001  # raised by the dispatcher
             self._bug = exc
             self._wake.set()
-
-    def _call_ended(self, call: _Call) -> None:
-        self._calls.discard(call)
-        call.done.set()
 
 
 def _ends_session(error: BaseException | None) -> bool:

@@ -6,15 +6,30 @@ it does itself needs no other order than its own.
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import trio
 
+from compute.errors import EngineStopped
+
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Call:
+    """A function, and who waits for it. ``abandoned`` is read in the thread."""
+
+    done: trio.Event = field(default_factory=trio.Event)
+    abandoned: bool = False
+    error: BaseException | None = None
 
 
 class ModelThread:
@@ -39,7 +54,13 @@ class ModelThread:
         self._streams: list[torch.cuda.Stream] = []
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._token: trio.lowlevel.TrioToken | None = None
+        self._calls: set[_Call] = set()
         self._ended = trio.Event()
+
+    @property
+    def calls(self) -> int:
+        """Functions that wait or run."""
+        return len(self._calls)
 
     def start(self) -> None:
         """Begin, once GPUs have all that was sent there before; to be called in the event loop that :meth:`tell` speaks
@@ -57,6 +78,40 @@ class ModelThread:
     def put(self, job: Callable[[], None]) -> None:
         """Queue a job, which must not raise."""
         self._jobs.put(job)
+
+    async def run(self, function: Callable[[Callable[[], bool]], T]) -> T:
+        """Run a function as a job.
+
+        Args:
+            function: Gets another one that says whether anybody still waits.
+
+        Raises: what it raises.
+            EngineStopped: The thread stopped before.
+
+        Cancellation: it runs on until it asks.
+        """
+        call, results = _Call(), list[T]()
+
+        def job() -> None:
+            try:
+                results.append(function(lambda: not call.abandoned and not self.is_stopping))
+            except BaseException as exc:  # noqa: BLE001  # whoever waits raises it
+                call.error = exc
+            self.tell(functools.partial(self._end, call))
+
+        self._calls.add(call)
+        self.put(job)
+        try:
+            await call.done.wait()
+        finally:
+            call.abandoned = True
+        if call.error is not None:
+            raise call.error
+        return results[0]
+
+    def _end(self, call: _Call) -> None:
+        self._calls.discard(call)
+        call.done.set()
 
     def tell(self, function: Callable[[], None]) -> None:
         """Have the event loop call ``function``; if the loop is gone, so is everyone who would care."""
@@ -76,6 +131,9 @@ class ModelThread:
         self._jobs.put(None)
         with trio.CancelScope(shield=True):
             await self._ended.wait()
+        for call in list(self._calls):
+            call.error = EngineStopped("the engine has stopped")
+            self._end(call)
 
     def _run(self) -> None:
         if self._threads is not None:
