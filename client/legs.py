@@ -34,7 +34,7 @@ AGAIN_S = 0.25  # before the next try to reach it
 TELL_S = 2.0  # of waiting, after which whoever looks at warnings hears why
 LOOK_S = 1.0  # before the next look at what it announces
 BUSY_TRIES = 5
-MAX_RETRY_AFTER_S = 10.0  # who wants to be left alone for longer is; others are asked instead
+MAX_RETRY_AFTER_S = 10.0  # a node that wants to be left alone for longer is asked again all the same
 # What a node may blame the caller for when a session is opened. Steps are checked here before they are sent, so that
 # a node that refuses one is itself at fault.
 CALLERS_FAULT = frozenset({"bad-input", "bad-value", "too-long"})
@@ -245,14 +245,15 @@ class Leg:
 async def _ask(lane: Lane, method: str, message: Message, timeout_s: float) -> Message:
     """A call whose refusals are sorted: ours, the node's for now, the node's for good."""
     why = ""
-    for _ in range(BUSY_TRIES):
+    for tries_left in reversed(range(BUSY_TRIES)):
         try:
             return await lane.call(method, message, timeout_s=timeout_s)
         except errors.RpcError as error:
             if method == "open" and error.code in CALLERS_FAULT:
                 raise InvalidInput(error.message) from error
-            if error.retry_after_s is None or error.retry_after_s > MAX_RETRY_AFTER_S:
+            if error.retry_after_s is None:
                 raise errors.PeerFailed(lane.peer_id, str(error)) from error
             why = error.message
-            await trio.sleep(error.retry_after_s)
+            if tries_left:
+                await trio.sleep(min(error.retry_after_s, MAX_RETRY_AFTER_S))
     raise errors.PeerFailed(lane.peer_id, f"put off {BUSY_TRIES} times in a row: {why}")

@@ -182,8 +182,8 @@ def run_serve(options: argparse.Namespace) -> int:
             await dht.join(bootstrap)
             await nursery.start(dht.run)
             node = Node(host, dht, checkpoint, settings, metrics)
-            offer = await _start(nursery, node, checkpoint.name)
             await nursery.start(pause_on_signal, node)
+            offer = await _start(nursery, node, checkpoint.name)
             if options.pause_when_gpu_busy:
                 nursery.start_soon(pause_when_busy, node, _gpu_uses(settings.devices))
             _tell(offer, [str(address) for address in host.peer_addresses], as_json=options.json)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Final
 
 import torch
@@ -31,13 +32,13 @@ from compute.linear import BACKENDS
 from compute.memory import free_bytes
 from compute.metrics import Metrics
 from compute.node_settings import NodeSettings
-from compute.placement import better_span, choose_span, keeps_move
+from compute.placement import better_span, choose_span, coverage, keeps_move
 from compute.probe import probe
 from compute.serving import Held, NodeSession, Serving
 from compute.worth import Worth
 from net.dht import keys
 from net.dht.service import Dht
-from net.errors import RpcError
+from net.errors import NetError, RpcError
 from net.host import Host
 from net.mux.base import Stream
 from net.nurseries import open_service_nursery
@@ -50,7 +51,7 @@ from net.version import VERSION
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S: Final = 1.0  # while the node loads
-PAUSED_RETRY_S: Final = 60.0
+BARRED_S: Final = 3600.0  # before blocks that could not be loaded are tried again
 PLACEMENT_ROUNDS: Final = 5
 GPU_LINEAR: Final = "nf4"  # the most blocks; a step of few rows reads a quarter of what bfloat16 does
 JITTER: Final = 0.25  # either way, so that nodes that came together do not look together
@@ -72,6 +73,9 @@ class Node:
         self._length = 0  # of spans that we choose
         self._worth = Worth(host, dht, checkpoint, settings)
         self._pauses: set[str] = set()
+        self._resumed = trio.Event()
+        self._stay_until = -math.inf
+        self._barred: dict[tuple[int, int], float] = {}  # spans that could not be loaded, and until when
         self.metrics = metrics
         self.announcement: NodeAnnouncement | None = None
 
@@ -126,10 +130,14 @@ class Node:
 
     @property
     def _servings(self) -> list[Serving]:
-        return self._leaving if self._serving is None else [self._serving, *self._leaving]
+        serving = self._serving  # once: metrics are read in another thread
+        return [*([] if serving is None else [serving]), *self._leaving]
 
-    async def _start(self, span: BloomSpan, nursery: trio.Nursery) -> Serving:
-        serving = Serving(span, self._settings.engine, resume_s=self._settings.resume_s, metrics=self.metrics)
+    async def _start(self, span: BloomSpan, nursery: trio.Nursery, *, cache_tokens: int | None = None) -> Serving:
+        settings = self._settings.engine
+        if cache_tokens is not None:
+            settings = replace(settings, cache_tokens=cache_tokens)
+        serving = Serving(span, settings, resume_s=self._settings.resume_s, metrics=self.metrics)
         await nursery.start(serving.run)
         return serving
 
@@ -144,9 +152,11 @@ class Node:
         self._pauses.add(why)
         if was_paused:
             return
-        await self._dht.withdraw()
-        for serving in list(self._servings):
-            await serving.free_all()
+        self._resumed = trio.Event()
+        async with trio.open_nursery() as nursery:
+            for serving in self._servings:
+                nursery.start_soon(serving.free_all)
+            nursery.start_soon(self._dht.withdraw)
         logger.warning("paused: %s", why)
 
     async def resume(self, why: str) -> None:
@@ -155,6 +165,7 @@ class Node:
             return
         self._pauses.remove(why)
         if not self._pauses:
+            self._resumed.set()
             await self._announce()
             logger.warning("goes on, no longer paused: %s", why)
 
@@ -200,7 +211,7 @@ class Node:
 
     async def _is_taken(self, start: int, end: int) -> bool:
         """Whether another node has the right to these very blocks, and there are others that are served less."""
-        rivals = self._senior(await self._others(), (start, end))
+        rivals = self._senior(self._alike(await self._others()), (start, end))
         better = choose_span(self._checkpoint.n_blocks, end - start, rivals)
         return better != (start, end) and any((node.start, node.end) == (start, end) for node in rivals)
 
@@ -217,6 +228,7 @@ class Node:
         """Choose a span such that nodes that come up together do not all choose the same."""
         others = await self._others()
         await self._choose_linear(others)
+        others = self._alike(others)
         self._length = self._length or self._choose_length()  # once: later there is less memory free
         if self._settings.span is not None:
             span = self._settings.span
@@ -229,7 +241,7 @@ class Node:
             await self._announce()
             seniors = self._senior(await self._others(), span)
             await self._choose_linear(self._first(seniors))
-            better = choose_span(n_blocks, self._length, seniors)
+            better = choose_span(n_blocks, self._length, self._alike(seniors))
             if better == span:
                 break
             span = better
@@ -290,47 +302,88 @@ class Node:
 
     async def _move_if_better(self, nursery: trio.Nursery) -> None:
         """Look, and look again whenever others may have seen what we intend, before it is done."""
-        old, others = self._serving, await self._others()
+        old, others = self._serving, self._alike(await self._others())
         if old is None:
             return
-        here = old.span.start, old.span.end
-        target = better_span(self._checkpoint.n_blocks, here, self._length, self._worth.tokens_per_s, others)
+        n_blocks, here = self._checkpoint.n_blocks, (old.span.start, old.span.end)
+        now = trio.current_time()
+        barred = {span for span, until in self._barred.items() if until > now}
+        if now < self._stay_until and all(coverage(n_blocks, [*others, self._offer(*here)])):
+            return
+        target = better_span(n_blocks, here, self._length, self._worth.tokens_per_s, others, barred=barred)
         if target is None:
             return
         await self._intend(target)
-        if not await self._may_go(here, target):
-            await self._intend(None)
+        if await self._may_go(here, target):
+            logger.info("moves from blocks %d:%d to %d:%d", *here, *target)
+            self._stay_until = now + self._settings.stay_s
+            if _fits_beside(old, target):
+                await self._move_beside(old, target, nursery)
+            else:
+                self._leaving.append(old)
+                del old
+                await self._move_after(here, target, nursery)
+        await self._intend(None)
+
+    async def _move_beside(self, old: Serving, target: tuple[int, int], nursery: trio.Nursery) -> None:
+        """Load the new blocks while the old ones are served; stay if that fails, or is no good any more."""
+        span = await self._try_to_load(*target)
+        if span is None or not await self._may_go((old.span.start, old.span.end), target):
             return
-        logger.info("moves from blocks %d:%d to %d:%d", *here, *target)
-        if _fits_beside(old.span, target):
-            span = await self._try_to_load(*target)
-            if span is None or not await self._may_go(here, target):
-                await self._intend(None)
-                return
-            self._leaving.append(old)
-            nursery.start_soon(self._let_go)
-        else:  # others serve our blocks, or it would not be a good move: sessions can go there
-            self._serving = None
-            self._leaving.append(old)
-            self.announcement = self._offer(*target)
-            await self._announce()
-            del old
-            await self._let_go()
-            span = await self._try_to_load(*target) or await self._load_blocks(*here)
+        try:
+            # As much cache as before: what is free now is not what will be.
+            serving = await self._start(span, nursery, cache_tokens=old.engine.stats.cache_max_tokens)
+        except RuntimeError as error:  # a GPU's
+            self._bar(target, error)
+            return
+        self._serving = serving
+        self._leaving.append(old)
+        nursery.start_soon(self._let_go)
+        self.announcement = self._offer_loaded(span)
+
+    async def _move_after(self, here: tuple[int, int], target: tuple[int, int], nursery: trio.Nursery) -> None:
+        """Let the old blocks go first, where memory does not hold both. Others serve them, or it would be no good move:
+        sessions can go there.
+        """
+        self._serving = None
+        self.announcement = self._offer(*target)
+        await self._announce()
+        await self._let_go()
+        while self._pauses:
+            await self._resumed.wait()
+        span = await self._try_to_load(*target) or await self._load_blocks(*here)
         self._serving = await self._start(span, nursery)
         self.announcement = self._offer_loaded(span)
-        await self._announce()
 
     async def _try_to_load(self, start: int, end: int) -> BloomSpan | None:
         try:
             return await self._load_blocks(start, end)
-        except (CheckpointError, MemoryError, RuntimeError) as error:  # the last is how torch says that memory is out
-            logger.warning("blocks %d:%d cannot be loaded, and the node stays where it was: %s", start, end, error)
+        except (CheckpointError, MemoryError, RuntimeError, OSError, ValueError) as error:  # torch: RuntimeError
+            self._bar((start, end), error)
             return None
 
+    def _bar(self, span: tuple[int, int], error: Exception) -> None:
+        """Not to be tried again soon."""
+        logger.warning("blocks %d:%d cannot be served, and the node stays where it was: %s", *span, error)
+        self._barred[span] = trio.current_time() + BARRED_S
+
     async def _may_go(self, here: tuple[int, int], target: tuple[int, int]) -> bool:
-        own, others = self._host.peer_id, await self._others()
-        return keeps_move(self._checkpoint.n_blocks, here, target, self._worth.tokens_per_s, own, others)
+        own, others = self._host.peer_id, self._alike(await self._others())
+        n_blocks, speed = self._checkpoint.n_blocks, self._worth.tokens_per_s
+        return not self._pauses and keeps_move(n_blocks, here, target, speed, own, others)
+
+    def _alike(self, nodes: list[NodeAnnouncement]) -> list[NodeAnnouncement]:
+        """Those that a chain could go through together with us, or that are about to load such blocks."""
+        ours = None if self._serving is None else self._serving.span.numerics
+        return [
+            node
+            for node in nodes
+            if (ours is not None and astuple(node.numerics) == ours)
+            or (
+                (ours is None or node.state == "joining")
+                and linear_name(node.numerics, self._settings.devices[0]) == self._linear
+            )
+        ]
 
     async def _intend(self, target: tuple[int, int] | None) -> None:
         """Announce where we are about to move."""
@@ -357,8 +410,13 @@ class Node:
             await self._announce()
 
     async def _announce(self) -> None:
-        if not self._pauses:
+        """Once it has been said it is said again every half a minute, so a failure is no end."""
+        if self._pauses:
+            return
+        try:
             await self._dht.announce(keys.of_name(DIRECTORY), KIND, self._body)
+        except NetError as error:
+            logger.warning("not announced now: %s", error)
 
     def _body(self) -> dict[str, object]:
         offer = self.announcement
@@ -416,7 +474,7 @@ class Node:
         if offer is None or self._serving is None:
             raise RpcError("busy", "the node is still loading", RETRY_AFTER_S)
         if self._pauses:
-            raise RpcError("busy", "the node is paused", PAUSED_RETRY_S)
+            raise RpcError("busy", "the node is paused")  # for how long nobody knows: others are to be asked
         if request.digest != offer.digest:
             raise RpcError("wrong-model", f"this node serves {offer.model}")
         span = self._serving.span
@@ -429,10 +487,19 @@ class Node:
         return next((serving.held[token] for serving in self._servings if token in serving.held), None)
 
 
-def _fits_beside(old: BloomSpan, target: tuple[int, int]) -> bool:
-    """Whether memory holds blocks ``[start, end)`` as well as those that are loaded."""
-    needed_bytes = sum(layer.weight_bytes for layer in old.linears) * (target[1] - target[0]) // len(old)
-    return sum(free_bytes(device) for device in set(old.devices)) >= needed_bytes
+def _fits_beside(old: Serving, target: tuple[int, int]) -> bool:
+    """Whether memory holds blocks ``[start, end)`` as well as those that are loaded, and what their cache may grow to.
+
+    One more block than there are: it is there unquantised while it is loaded.
+    """
+    span, stats, config = old.span, old.engine.stats, old.span.config
+    each = sum(layer.weight_bytes for layer in span.linears) // len(span)
+    cache = (
+        (stats.cache_max_tokens - stats.cache_used_tokens) * 2 * len(span) * config.hidden_size * span.dtype.itemsize
+    )
+    needed = (target[1] - target[0]) * each + config.parameters_per_block * span.dtype.itemsize + cache
+    devices = set(span.devices)
+    return all(free_bytes(device) >= needed / len(devices) for device in devices)
 
 
 def linear_name(numerics: Numerics, device: torch.device) -> str | None:

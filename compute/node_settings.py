@@ -26,6 +26,7 @@ class NodeSettings:
         probed: where it is kept which backend is the fastest here, and how fast the node is; None for nowhere.
         resume_s: how long a session whose stream broke waits for its client to come back another way.
         look_s: between looks whether the swarm lacks other blocks more.
+        stay_s: how long to stay after a move, or the attempt, unless nobody serves some block.
         drain_s: how long sessions may go on with blocks that the node has moved away from.
         measure_line: whether to find out what our line carries.
     """
@@ -38,6 +39,7 @@ class NodeSettings:
     probed: Path | None = None
     resume_s: float = 15.0
     look_s: float = 60.0
+    stay_s: float = 600.0
     drain_s: float = 120.0
     measure_line: bool = True
     engine: EngineSettings = field(default_factory=EngineSettings)

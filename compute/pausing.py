@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any, Final, Protocol
 
 import trio
 
+_log = logging.getLogger(__name__)
 LOOK_S: Final = 1.0  # between looks at who uses the GPU
 BUSY: Final = 0.10  # of the time, for others: more is somebody's game or training run, less is a desktop
 BUSY_S: Final = 3.0  # that long, and we pause
@@ -79,7 +81,10 @@ class GpuUse:
             GpuError: The driver does not say who uses it, or does not know this process by its number.
         """
         if nvml is None:
-            nvml = importlib.import_module("pynvml")  # which tells no types, and is wanted here alone
+            try:
+                nvml = importlib.import_module("pynvml")  # which tells no types, and is wanted here alone
+            except ImportError as error:
+                raise GpuError("nvidia-ml-py is not installed") from error
         self._nvml = nvml
         self._seen_us = 0
         try:
@@ -96,12 +101,14 @@ class GpuUse:
         """Part of the time since the last look, 0 to 1.
 
         Raises:
-            NVMLError: The driver says no more.
+            GpuError: The driver does not say, which it may again later.
         """
         try:
             samples = self._nvml.nvmlDeviceGetProcessUtilization(self._handle, self._seen_us)
         except self._nvml.NVMLError_NotFound:  # nobody has used it
             return 0.0
+        except self._nvml.NVMLError as error:
+            raise GpuError(f"the driver does not say who uses the GPU: {error}") from error
         by_process: dict[int, list[float]] = {}
         for sample in samples:
             self._seen_us = max(self._seen_us, sample.timeStamp)
@@ -120,7 +127,11 @@ async def pause_when_busy(node: Pausable, uses: list[Callable[[], float]]) -> No
     watch, why = BusyWatch(), "others use the GPU"
     while True:
         await trio.sleep(LOOK_S)
-        use = await trio.to_thread.run_sync(lambda: max(each() for each in uses), abandon_on_cancel=True)
+        try:
+            use = await trio.to_thread.run_sync(lambda: max(each() for each in uses), abandon_on_cancel=True)
+        except GpuError as error:
+            _log.info("this look does not count: %s", error)
+            continue
         before = watch.busy
         if watch.observe(use, trio.current_time()) != before:
             await (node.pause(why) if watch.busy else node.resume(why))

@@ -10,7 +10,7 @@ any more, by speeds that are off by e at most; so by the true ones everything it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -58,6 +58,7 @@ def better_span(
     others: Sequence[NodeAnnouncement],
     *,
     margin: float = MARGIN,
+    barred: Collection[tuple[int, int]] = (),
 ) -> tuple[int, int] | None:
     """Where a node that serves ``current`` should move to; ``None`` if it should stay.
 
@@ -71,6 +72,7 @@ def better_span(
         speed: what it announces, tokens per second.
         others: the other nodes that serve this model or are about to; those that move count where they move to.
         margin: how much better, at least 1.
+        barred: where it cannot go.
     """
     length = max(1, min(length, n_blocks))
     swarm = _Swarm(n_blocks, others)
@@ -78,7 +80,7 @@ def better_span(
     good = [
         (after, -abs(span[0] - current[0]), -span[0], span)
         for span in spans
-        if (after := swarm.after_move(current, span, speed, margin)) is not None
+        if span not in barred and (after := swarm.after_move(current, span, speed, margin)) is not None
     ]
     return max(good)[-1] if good else None
 

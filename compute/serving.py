@@ -15,7 +15,7 @@ import trio
 
 from compute.bloom import BloomSpan
 from compute.engine import Engine, EngineSettings
-from compute.errors import EngineError, Later
+from compute.errors import EngineError, EngineStopped, Later
 from compute.metrics import Metrics
 from compute.tensors import from_wire, to_wire
 from net.errors import RpcError
@@ -72,37 +72,49 @@ class Serving:
         self._resume_s = resume_s
         self._empty = trio.Event()
         self._scope = trio.CancelScope()
+        self._closed = False  # no session is opened any more
+        self._ended = trio.Event()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run the engine until cancelled or stopped."""
-        with self._scope:
-            async with open_service_nursery() as nursery:
-                await nursery.start(self.engine.run)
-                nursery.start_soon(self._sweep)
-                task_status.started()
-                await trio.sleep_forever()
+        try:
+            with self._scope:
+                async with open_service_nursery() as nursery:
+                    await nursery.start(self.engine.run)
+                    nursery.start_soon(self._sweep)
+                    task_status.started()
+                    await trio.sleep_forever()
+        finally:
+            self._ended.set()
 
     async def drain(self, patience_s: float) -> None:
-        """Wait for the sessions to end, at most so long; then free those that are left and stop.
+        """Open none any more, wait for the sessions to end, at most so long, free those that are left, and stop.
+
+        Returns when the engine's thread has ended.
 
         Cancellation: what is left goes on.
         """
+        self._closed = True
         if self.held:
             self._empty = trio.Event()
             with trio.move_on_after(patience_s):
                 await self._empty.wait()
         await self.free_all()
         self._scope.cancel()
+        await self._ended.wait()
 
     async def open(self, request: wire.Open, peer_id: PeerId, holder: NodeSession) -> Held:
         """Open a session for a stream.
 
         Raises:
-            EngineError: as ``Engine.open_session``.
+            EngineError: as ``Engine.open_session``; also when :meth:`drain` has begun.
         """
         session_id = await self.engine.open_session(
             batch=request.batch, max_length=request.max_length, start=request.start, end=request.end, peer=peer_id
         )
+        if self._closed:
+            await self.engine.close_session(session_id)
+            raise EngineStopped("the node serves other blocks now")
         token = secrets.token_bytes(wire.TOKEN_BYTES)
         held = Held(serving=self, session_id=session_id, peer_id=peer_id, token=token, holder=holder)
         self.held[token] = held
@@ -119,15 +131,22 @@ class Serving:
     async def free(self, held: Held) -> None:
         """End a session, if it has not ended yet."""
         if self.held.pop(held.token, None) is not None:
-            held.serving = None
-            await self.engine.close_session(held.session_id)
-            if not self.held:
-                self._empty.set()
+            await self._close(held)
 
     async def free_all(self) -> None:
-        """End all sessions."""
-        for held in list(self.held.values()):
-            await self.free(held)
+        """End all sessions, none of which does another step."""
+        ending, self.held = list(self.held.values()), {}
+        for held in ending:
+            held.serving = None
+        async with trio.open_nursery() as nursery:
+            for held in ending:
+                nursery.start_soon(self._close, held)
+
+    async def _close(self, held: Held) -> None:
+        held.serving = None
+        await self.engine.close_session(held.session_id)
+        if not self.held:
+            self._empty.set()
 
     async def _sweep(self) -> None:
         """Free what nobody came back for."""

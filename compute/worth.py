@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
+import torch
 import trio
 
 from compute.checkpoint import Checkpoint
@@ -62,7 +63,7 @@ class Worth:
             blocks=len(engine.span),
             linear=linear,
             threads=self._settings.engine.threads,
-            devices=tuple(str(device) for device in self._settings.devices),
+            devices=tuple(_describe(device) for device in self._settings.devices),
         )
         self.speed = await throughput(configuration, self._settings.probed, partial(self._measure, engine))
 
@@ -83,7 +84,7 @@ class Worth:
             for contact in random.sample(contacts, min(LINES, len(contacts))):
                 try:
                     await self._host.connect(contact.peer_id, contact.addresses)
-                    found = await measure_bytes_per_s(self._host, contact.peer_id)
+                    found = await measure_bytes_per_s(self._host, contact.peer_id, timeout_s=LINES_S / LINES)
                 except NetError as error:
                     logger.info("no line measured with %s: %s", contact.peer_id, error)
                     continue
@@ -121,3 +122,11 @@ class Worth:
                 logger.info("lone steps: %.1f tokens/s now", found)
                 self.speed = replace(self.speed, decode_tokens_per_s=found)
                 await changed(self.tokens_per_s)
+
+
+def _describe(device: torch.device) -> str:
+    """Which one it is: another may have its number after a restart."""
+    if device.type != "cuda":
+        return str(device)
+    known = torch.cuda.get_device_properties(device)
+    return f"{device} {known.name} {known.total_memory}"

@@ -254,6 +254,6 @@ async def measure_bytes_per_s(host: Host, peer_id: PeerId, *, timeout_s: float =
             break
         try:
             result = await transfer(host, peer_id, send_bytes=size, receive_bytes=size, timeout_s=timeout_s)
-        except errors.PeerFailed:
+        except errors.NetError:
             break
     return result.bytes_per_s

@@ -12,16 +12,19 @@ import pytest
 import torch
 import trio
 
+import compute.engine
 import compute.node
 import compute.worth
 from compute.bloom import BloomSpan
 from compute.checkpoint import Checkpoint
-from compute.engine import Engine
+from compute.engine import Engine, EngineSettings
 from compute.errors import CheckpointError
 from compute.measuring import Speed
+from compute.serving import NodeSession
 from compute.tensors import from_wire, to_wire
+from compute.thread import ModelThread
 from net.dht import keys
-from net.errors import DialError, RpcError
+from net.errors import DialError, RecordError, RpcError
 from net.host import Host, open_host
 from net.identity import Identity, PeerId
 from net.protocol import session as wire
@@ -210,13 +213,21 @@ async def test_where_memory_does_not_hold_both_the_old_blocks_go_first(
     load = Checkpoint.load_span
 
     def loads(self: Checkpoint, *args: Any, **options: Any) -> BloomSpan:
-        assert not any(span() for span in spans)
+        assert not any(span() for span in spans)  # even if the old engine takes its time
         span = load(self, *args, **options)
         spans.append(weakref.ref(span))
         return span
 
+    stop = ModelThread.stop
+
+    async def stops_late(self: ModelThread) -> None:
+        with trio.CancelScope(shield=True):
+            await trio.sleep(0.2)
+        await stop(self)
+
     async with about_to_move(odd, drain_s=0.05) as (swarm, node, _):
         monkeypatch.setattr(compute.node, "free_bytes", lambda _: 0)
+        monkeypatch.setattr(ModelThread, "stop", stops_late)
         serving = node.node._serving
         assert serving is not None
         spans.append(weakref.ref(serving.span))
@@ -249,6 +260,122 @@ async def test_a_node_that_let_its_blocks_go_takes_them_again(odd: Reference, mo
         await swarm.nodes[0].leave()
         await until(lambda: tried[:2] == [0, 2])
         await still_there(node, stays)
+
+
+async def test_sessions_are_opened_here_or_there_but_not_in_between(odd: Reference) -> None:
+    """Nobody gets a session of an engine that stops."""
+    refused, stop = list[str](), trio.Event()
+    async with about_to_move(odd) as (swarm, node, _):
+
+        async def open_and_close() -> None:
+            request = wire.Open(digest=node.offer.digest, start=2, end=4, batch=1, max_length=64)
+            while not stop.is_set():
+                session = NodeSession(node.node, swarm.client.host.peer_id, None)
+                try:
+                    await session.open(Message(header=request.to_fields()))
+                except RpcError as error:
+                    refused.append(error.code)
+                else:
+                    serving = session._held.serving if session._held else None
+                    assert serving is not None
+                    assert serving.engine._state == "running"
+                await session._end(broken=False)
+                await trio.lowlevel.checkpoint()
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(4):
+                nursery.start_soon(open_and_close)
+            await swarm.nodes[0].leave()
+            await until(lambda: "wrong-span" in refused and len(node.node._servings) == 1)
+            stop.set()
+    assert set(refused) <= {"wrong-span", "stopped"}
+    assert refused.count("stopped") <= 4  # those that were about to be opened at that very moment
+
+
+async def test_blocks_that_cannot_be_loaded_are_not_tried_again_soon(
+    odd: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, tried = Checkpoint.load_span, list[int]()
+
+    def fails_elsewhere(self: Checkpoint, start: int, end: int, **options: Any) -> BloomSpan:
+        tried.append(start)
+        if start < 2:
+            raise CheckpointError("shard 1 is missing")
+        return load(self, start, end, **options)
+
+    async with about_to_move(odd, stay_s=0.0) as (swarm, node, _):
+        monkeypatch.setattr(Checkpoint, "load_span", fails_elsewhere)
+        looks = 0
+        others = node.node._others
+
+        async def counted() -> list[NodeAnnouncement]:
+            nonlocal looks
+            looks += 1
+            return await others()
+
+        node.node._others = counted  # type: ignore[method-assign]
+        await swarm.nodes[0].leave()
+        await until(lambda: len(tried) == 2)
+        before = looks
+        await until(lambda: looks > before + 10)
+        assert sorted(tried) == [0, 1]
+
+
+async def test_an_engine_that_does_not_start_changes_nothing(odd: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: ModelThread) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    async with about_to_move(odd) as (swarm, node, stays):
+        monkeypatch.setattr(ModelThread, "start", fails)
+        async with session_with(swarm, node) as session:
+            await session.open(2, 4)
+            await swarm.nodes[0].leave()
+            await until(lambda: bool(node.node._barred))
+            await session.step(HIDDEN)
+        await still_there(node, stays)
+
+
+async def test_the_cache_stays_as_large_as_it_was(odd: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = EngineSettings(threads=1, cache_tokens=None)
+    async with about_to_move(odd, engine=engine) as (swarm, node, _):
+        before = node.node.engine.stats.cache_max_tokens
+        monkeypatch.setattr(compute.engine, "cache_bytes", lambda _: 1)
+        await swarm.nodes[0].leave()
+        await until(lambda: served(node) == (0, 2))
+        assert node.node.engine.stats.cache_max_tokens == before
+
+
+async def test_only_those_count_with_whom_a_chain_can_go_on(odd: Reference) -> None:
+    """Another class of numerics for the same blocks does not let a node go, nor fill a gap."""
+    async with swarm_of(odd.folder, [(2, 5)]) as swarm:
+        node = await swarm.add_node(odd.folder, **QUICK)
+        assert served(node) == (0, 2)
+        await swarm.add_node(odd.folder, (0, 2), linear="fp16")
+        others = await node.node._others()
+        assert {(each.start, each.end) for each in others} == {(2, 5), (0, 2)}
+        assert [(each.start, each.end) for each in node.node._alike(others)] == [(2, 5)]
+        await swarm.add_node(odd.folder, (2, 5), linear="fp16")
+        late = await swarm.add_node(odd.folder, linear="fp16", **QUICK)
+        await swarm.nodes[0].leave()
+        late_span = served(late)
+        assert late_span in ((0, 2), (2, 4))
+        for _ in range(20):
+            await trio.sleep(0.01)
+        assert served(node) == (0, 2)  # 2:5 has nobody of its own class, but neither would 0:2
+
+
+async def test_a_node_that_has_moved_stays_unless_blocks_have_nobody(odd: Reference) -> None:
+    async with about_to_move(odd) as (swarm, node, _):
+        await swarm.nodes[0].leave()
+        await until(lambda: served(node) == (0, 2) and len(node.node._servings) == 1)
+        back = await swarm.add_node(odd.folder, (0, 2))
+        await swarm.add_node(odd.folder, (0, 2))
+        for _ in range(20):
+            await trio.sleep(0.01)
+        assert served(node) == (0, 2)  # though 2:5 is served by one alone, and 0:2 by three
+        await swarm.nodes[2].leave()
+        await until(lambda: served(node) in ((2, 4), (3, 5)))
+        assert served(back) == (0, 2)
 
 
 async def still_there(node: RunningNode, witness: RunningNode) -> None:
@@ -290,7 +417,7 @@ async def test_a_paused_node_serves_nobody_until_every_pause_is_over(odd: Refere
                 await session.step(HIDDEN)
             with pytest.raises(RpcError, match="paused") as caught:
                 await late.open(0, 5)
-            assert (caught.value.code, caught.value.retry_after_s) == ("busy", 60.0)
+            assert (caught.value.code, caught.value.retry_after_s) == ("busy", None)
             await node.node.resume("a game")
             await node.node.resume("a game")
             assert node.node.paused
@@ -300,6 +427,65 @@ async def test_a_paused_node_serves_nobody_until_every_pause_is_over(odd: Refere
             assert await announced(other, node) is not None
             await late.open(0, 5)
             await late.step(HIDDEN)
+
+
+async def test_a_pause_is_at_once(odd: Reference) -> None:
+    """Whatever its neighbours in the DHT take."""
+    async with swarm_of(odd.folder, [(0, 5)]) as swarm, trio.open_nursery() as nursery:
+        [node] = swarm.nodes
+        gate = trio.Event()
+        node.dht.withdraw = gate.wait  # type: ignore[method-assign]
+        async with session_with(swarm, node) as session:
+            await session.open(0, 5)
+            nursery.start_soon(node.node.pause, "a game")
+            await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(RpcError, match="has ended here"):
+                await session.step(HIDDEN)
+        gate.set()
+
+
+async def test_a_paused_node_loads_nothing(odd: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = list[int]()
+    load = Checkpoint.load_span
+
+    def notes(self: Checkpoint, start: int, end: int, **options: Any) -> BloomSpan:
+        loaded.append(start)
+        return load(self, start, end, **options)
+
+    async with about_to_move(odd) as (swarm, node, _):
+        monkeypatch.setattr(Checkpoint, "load_span", notes)
+        intend, intended = node.node._intend, trio.Event()
+
+        async def then_pause(target: tuple[int, int] | None) -> None:
+            await intend(target)
+            if target is not None and not intended.is_set():
+                await node.node.pause("a game")
+                intended.set()
+
+        node.node._intend = then_pause  # type: ignore[method-assign]
+        await swarm.nodes[0].leave()
+        with trio.fail_after(5):
+            await intended.wait()
+        for _ in range(20):
+            await trio.sleep(0.01)
+        assert loaded == []
+        await node.node.resume("a game")
+        await until(lambda: served(node) == (0, 2))
+
+
+async def test_a_node_that_cannot_announce_goes_on(odd: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with swarm_of(odd.folder, [(0, 5)]) as swarm:
+        [node] = swarm.nodes
+
+        async def full(*_: Any) -> int:
+            raise RecordError("1024 records lie under this key")
+
+        await node.node.pause("its user")
+        monkeypatch.setattr(node.dht, "announce", full)
+        await node.node.resume("its user")
+        async with session_with(swarm, node) as session:
+            await session.open(0, 5)
+            await session.step(HIDDEN)
 
 
 async def test_a_pause_changes_no_token(odd: Reference) -> None:
@@ -322,7 +508,8 @@ async def test_a_pause_changes_no_token(odd: Reference) -> None:
 async def test_a_slow_line_is_what_a_node_is_worth(odd: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[PeerId] = []
 
-    async def measure(_: Host, peer_id: PeerId) -> float:
+    async def measure(_: Host, peer_id: PeerId, *, timeout_s: float) -> float:
+        assert 3 * timeout_s <= 15
         measured.append(peer_id)
         if len(measured) == 1:
             raise DialError("nobody there")

@@ -645,27 +645,6 @@ async def test_a_busy_node_is_asked_again(odd: Reference, method: str, monkeypat
         assert refusals == []
 
 
-@pytest.mark.parametrize("method", ["open", "step"])
-async def test_a_node_that_is_busy_for_long_is_left_for_another(
-    odd: Reference, method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    honest, refused = getattr(compute.serving.NodeSession, method), list[Any]()
-
-    async def busy(self: Any, message: Message) -> Message:
-        refused[:] = refused or [self._node]
-        if self._node in refused:
-            raise RpcError("busy", "the node is paused", 60.0)
-        answer: Message = await honest(self, message)
-        return answer
-
-    monkeypatch.setattr(compute.serving.NodeSession, method, busy)
-    async with swarm_of(odd.folder, [(0, 5), (0, 5)]) as swarm:
-        with trio.fail_after(8):
-            ours = await swarm.generate(odd.folder, PROMPT, max_new_tokens=5, do_sample=False)
-        assert ours == greedy(odd.model, PROMPT, 5)
-        assert refused
-
-
 async def test_a_node_that_stays_busy_is_given_up(odd: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     async def busy(self: Any, message: Message) -> Message:
         raise RpcError("out-of-cache", "no room left", 0.001)

@@ -99,6 +99,24 @@ async def test_the_node_is_told_once(autojump_clock: MockClock, monkeypatch: pyt
     assert FREE_S <= node.told[1][1] - node.told[0][1] <= FREE_S + 30
 
 
+async def test_a_look_that_fails_does_not_count(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def here(function: Callable[[], float], **_: object) -> float:
+        return function()
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", here)
+    node, uses = Recorder(), iter([1.0] * 5)
+
+    def use() -> float:
+        found = next(uses, None)
+        if found is None:
+            raise GpuError("insufficient size")
+        return found
+
+    with trio.move_on_after(200 * LOOK_S):
+        await pause_when_busy(node, [use])
+    assert [what for what, _ in node.told] == ["pause: others use the GPU"]
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="there are no such signals")
 async def test_a_signal_pauses_and_the_next_one_ends_it() -> None:
     node = Recorder()
@@ -162,6 +180,8 @@ def test_what_others_use() -> None:
     assert use.others() == pytest.approx(0.25)
     assert [use.others(), use.others(), use.others()] == [0.0, 0.0, 1.0]
     assert nvml.asked_since == [0, 0, 7, 7, 8]
+    with pytest.raises(GpuError, match="insufficient size"):
+        GpuUse("GPU-1", Nvml(Nvml.NVMLError("insufficient size"))).others()
 
 
 @pytest.mark.parametrize(
