@@ -250,7 +250,7 @@ def print_placement(model: ServedModel, peers: Sequence[Peer]) -> None:
         title=f"{model.name}, {model.n_blocks} blocks, digest {model.digest[:12]}",
         title_justify="left",
         caption="reach: public and mapped nodes can be connected to, punchable ones when both sides dial, relay-only "
-        "ones through relays\nspeed: of the node's blocks alone, as it measured when it started",
+        "ones through relays\nspeed: of the node's blocks alone, or of its line if that is slower",
         caption_justify="left",
         box=None,
     )

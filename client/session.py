@@ -81,6 +81,7 @@ class Session:
         self._legs: list[Leg] = []
         self._failed: dict[PeerId, _Failure] = {}  # until they do a step
         self._gives_up_at: float | None = None  # set by the first failure in a step
+        self._told = False  # in this step, that nodes are waited for
         self._history: list[_Piece] = []
         self.chain: list[Hop] = []
         self.batch: int | None = None
@@ -97,7 +98,7 @@ class Session:
         """
         if self.batch not in (None, batch):
             raise InvalidInput(f"the session has {self.batch} rows, not {batch}; open another with model.session()")
-        self._gives_up_at = None
+        self._gives_up_at, self._told = None, False
         if not self._legs:
             await self._open_chain(batch)
 
@@ -187,16 +188,15 @@ class Session:
                 no node has failed.
             SessionFailed: one node after another has failed for so long.
         """
-        told = False
         while True:
             try:
                 return self._choose_from(await self._find_nodes())
             except (MissingBlocks, UnknownModel, errors.NetError) as error:
                 if not self._failed or self._out_of_patience():
                     raise
-                if not told:
+                if not self._told:
                     logger.warning("waiting for nodes: %s", error)
-                told = True
+                self._told = True
             await trio.sleep(LOOK_S)
 
     def _choose_from(self, nodes: list[NodeAnnouncement]) -> list[Hop]:

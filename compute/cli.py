@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -114,8 +115,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     serve.add_argument(
         "--pause-when-gpu-busy",
         action="store_true",
-        help="serve nobody while other programs use the GPU; weights stay in its memory. (SIGUSR1 pauses at any time, "
-        "and the next one ends that)",
+        help="serve nobody while other programs use the GPU; weights stay in its memory. (SIGUSR1 pauses, too, and the "
+        "next one ends that)",
     )
     console.add_node(serve, DEFAULT_LISTEN, ", any free port")
     console.add_json(serve, "what is served, once it is,")
@@ -138,6 +139,8 @@ def _host_port(text: str) -> tuple[str, int]:
 
 
 def run_serve(options: argparse.Namespace) -> int:
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it would end us; who listens for it comes when there is a node
     from compute.engine import EngineSettings
     from compute.linear.kept import KeptWeights
     from compute.metrics import Metrics

@@ -41,6 +41,8 @@ def read_devices(text: str) -> tuple[torch.device, ...]:
 
 def _index(name: str, text: str) -> int:
     match = _CUDA.fullmatch(name)
+    if match is None and name == "cpu":
+        raise ValueError(f"{text!r:.60}: blocks are on GPUs or on the CPU; say cpu, or GPUs alone")
     if match is None:
         raise ValueError(f"{text!r:.60} names no devices; say auto, cpu, cuda, or GPUs such as cuda:0,cuda:1")
     return int(match[1])

@@ -118,7 +118,7 @@ class Node:
                     self.metrics.read_from(lambda: total(serving.engine.stats for serving in self._servings))
                 serve_perf(self._host)
                 self._host.handle(wire.PROTOCOL_ID, self._serve)
-                self.announcement = self._offer_loaded(self.engine.span)
+                self.announcement = self._offer_loaded(self.engine)
                 await self._announce()
                 task_status.started(self.announcement)
                 nursery.start_soon(self._worth.watch, self._current_engine, self._announce_speed)
@@ -167,7 +167,7 @@ class Node:
         if not self._pauses:
             self._resumed.set()
             await self._announce()
-            logger.warning("goes on, no longer paused: %s", why)
+            logger.warning("goes on: paused no longer")
 
     @property
     def paused(self) -> bool:
@@ -339,7 +339,7 @@ class Node:
         self._serving = serving
         self._leaving.append(old)
         nursery.start_soon(self._let_go)
-        self.announcement = self._offer_loaded(span)
+        self.announcement = self._offer_loaded(self._serving.engine)
 
     async def _move_after(self, here: tuple[int, int], target: tuple[int, int], nursery: trio.Nursery) -> None:
         """Let the old blocks go first, where memory does not hold both. Others serve them, or it would be no good move:
@@ -353,7 +353,7 @@ class Node:
             await self._resumed.wait()
         span = await self._try_to_load(*target) or await self._load_blocks(*here)
         self._serving = await self._start(span, nursery)
-        self.announcement = self._offer_loaded(span)
+        self.announcement = self._offer_loaded(self._serving.engine)
 
     async def _try_to_load(self, start: int, end: int) -> BloomSpan | None:
         try:
@@ -453,11 +453,17 @@ class Node:
             reachability=self._host.reachability,
         )
 
-    def _offer_loaded(self, span: BloomSpan) -> NodeAnnouncement:
-        """That we have loaded them."""
+    def _offer_loaded(self, engine: Engine) -> NodeAnnouncement:
+        """That we have loaded them, and serve."""
+        span, stats = engine.span, engine.stats
         dtype, quantization, backend = span.numerics
-        numerics = Numerics(dtype=dtype, quantization=quantization, backend=backend)
-        return replace(self._offer(span.start, span.end), weights=span.digest, numerics=numerics, state="online")
+        return replace(
+            self._offer(span.start, span.end),
+            weights=span.digest,
+            numerics=Numerics(dtype=dtype, quantization=quantization, backend=backend),
+            cache_tokens_left=stats.cache_max_tokens - stats.cache_used_tokens,
+            state="online",
+        )
 
     # What we answer
 

@@ -139,7 +139,7 @@ async def pause_when_busy(node: Pausable, uses: list[Callable[[], float]]) -> No
 
 async def pause_on_signal(node: Pausable, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
     """Pause at SIGUSR1, go on at the next, and so forth, until cancelled. Where there are no such signals: nothing."""
-    number, why, paused = getattr(signal, "SIGUSR1", None), "SIGUSR1, send it again to go on", False
+    number, why, paused = getattr(signal, "SIGUSR1", None), "SIGUSR1 (once more ends that)", False
     if number is None:
         task_status.started()
         return

@@ -219,7 +219,9 @@ class NodeSession:
             raise RpcError("bad-input", "no session is open on this stream")
         serving = held.serving
         if held.holder is not self or serving is None:
-            raise RpcError("no-session", "the session has ended here, or went on over another stream")
+            raise RpcError(
+                "no-session", "the session has ended here, for the node pauses or moves, or went on over another stream"
+            )
         if len(message.tensors) != 1:
             raise RpcError("bad-input", f"a step carries one tensor, not {len(message.tensors)}")
         position = wire.read_position(message.header)

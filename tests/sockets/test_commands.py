@@ -139,9 +139,7 @@ def test_nodes_that_start_together_cover_the_model(
     models = {model["name"]: model for model in status.json["models"]}
     tiny, other = models["bloom-tiny"], models["some-bloom"]
     assert (tiny["name"], tiny["blocks"], tiny["complete"], tiny["missing"]) == ("bloom-tiny", 8, True, [])
-    assert {(n["peer_id"], n["start"], n["end"]) for n in tiny["nodes"]} == {
-        (n["peer_id"], n["start"], n["end"]) for n in nodes
-    }
+    assert {n["peer_id"] for n in tiny["nodes"]} == {n["peer_id"] for n in nodes}  # some may have moved by now
     assert all(0 < n["round_trip_ms"] < 5000 and n["problem"] == "" for n in tiny["nodes"])
     assert (other["name"], other["complete"], other["missing"]) == ("some-bloom", False, [[0, 1], [3, 5]])
 
@@ -249,9 +247,10 @@ def test_a_signal_pauses_a_node_and_the_next_one_ends_that(
 
     with started(tmp_path / "home", *serve(relay, "bloom-tiny", "--blocks", "2:5", "--json")) as command:
         offer = command.json()
+        assert offer["cache_tokens"] > 0
         assert is_announced()
         command.send(signal.SIGUSR1)
-        assert command.note() == "paused: SIGUSR1, send it again to go on"
+        assert command.note() == "paused: SIGUSR1 (once more ends that)"
         assert not is_announced()
         command.send(signal.SIGUSR1)
         assert command.note().startswith("goes on")

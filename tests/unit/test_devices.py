@@ -40,7 +40,7 @@ def test_without_a_gpu_auto_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert read_devices("auto") == read_devices("cpu") == (CPU,)
 
 
-@pytest.mark.parametrize("text", ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:0,", "cpu,cuda:0", "auto,cuda:0"])
+@pytest.mark.parametrize("text", ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:0,", "auto,cuda:0"])
 def test_nonsense_names_no_devices(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     have_gpus(monkeypatch, 2)
     with pytest.raises(ValueError, match="names no devices; say auto, cpu, cuda, or GPUs such as cuda:0,cuda:1"):
@@ -60,6 +60,12 @@ def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         have_gpus(monkeypatch, 0, built=False)
         with pytest.raises(ValueError, match="torch was installed without support for GPUs"):
             read_devices(text)
+
+
+def test_the_cpu_beside_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    have_gpus(monkeypatch, 2)
+    with pytest.raises(ValueError, match="blocks are on GPUs or on the CPU"):
+        read_devices("cpu,cuda:0")
 
 
 def test_dtypes_of_devices() -> None:
