@@ -186,7 +186,7 @@ class Node:
             start, end = await self._settle()
             serving = await self._start(await self._load_blocks(start, end, progress), nursery)
             await self._worth.find(serving.engine, self._linear)
-            if self._settings.span is not None or not rounds_left or not await self._is_taken(start, end):
+            if not rounds_left or await self._may_stay(start, end):
                 self._serving = serving
                 return
             await serving.drain(0)
@@ -209,11 +209,21 @@ class Node:
 
         return await trio.to_thread.run_sync(load, abandon_on_cancel=True)
 
-    async def _is_taken(self, start: int, end: int) -> bool:
-        """Whether another node has the right to these very blocks, and there are others that are served less."""
-        rivals = self._senior(self._alike(await self._others()), (start, end))
+    async def _may_stay(self, start: int, end: int) -> bool:
+        """Whether these blocks are ours to serve: not if the others have agreed upon another form of weights meanwhile,
+        or another node has the right to these very blocks, and there are others that are served less.
+        """
+        others = await self._others()
+        loaded = self._linear
+        await self._choose_linear(self._first(others))
+        if self._linear != loaded:
+            self._length = 0  # as many as fit in the new form
+            return False
+        if self._settings.span is not None:
+            return True
+        rivals = self._senior(self._alike(others), (start, end))
         better = choose_span(self._checkpoint.n_blocks, end - start, rivals)
-        return better != (start, end) and any((node.start, node.end) == (start, end) for node in rivals)
+        return better == (start, end) or all((node.start, node.end) != (start, end) for node in rivals)
 
     def _senior(self, nodes: list[NodeAnnouncement], span: tuple[int, int]) -> list[NodeAnnouncement]:
         """Those whose choice stands: all but those that want ``span`` too, still join, and have a higher PeerId."""
@@ -240,9 +250,10 @@ class Node:
             self.announcement = self._offer(*span)
             await self._announce()
             seniors = self._senior(await self._others(), span)
+            announced = self._linear
             await self._choose_linear(self._first(seniors))
             better = choose_span(n_blocks, self._length, self._alike(seniors))
-            if better == span:
+            if better == span and announced == self._linear:  # else others would take us for another class
                 break
             span = better
         return span

@@ -43,6 +43,7 @@ class Worth:
         self._dht = dht
         self._checkpoint = checkpoint
         self._settings = settings
+        self._linear: str | None = None  # of which ``speed`` is
 
     @property
     def tokens_per_s(self) -> float:
@@ -50,13 +51,13 @@ class Worth:
         return 0.0 if self.speed is None else self.speed.effective_tokens_per_s(self._checkpoint.config.hidden_size)
 
     async def find(self, engine: Engine, linear: str) -> None:
-        """Measure, or remember, unless that has been done.
+        """Measure, or remember, unless that has been done for this form.
 
         Args:
             engine: Runs, and serves nobody yet.
             linear: Backend of its linear layers.
         """
-        if self.speed is not None:
+        if linear == self._linear:
             return
         configuration = Configuration(
             model=self._checkpoint.digest,
@@ -66,6 +67,7 @@ class Worth:
             devices=tuple(_describe(device) for device in self._settings.devices),
         )
         self.speed = await throughput(configuration, self._settings.probed, partial(self._measure, engine))
+        self._linear = linear
 
     async def _measure(self, engine: Engine) -> Throughput:
         speed = await engine.measure()

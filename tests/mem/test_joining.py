@@ -11,10 +11,12 @@ import pytest
 import torch
 import trio
 
+import compute.node
 from compute.checkpoint import Checkpoint
 from compute.errors import CheckpointError
 from compute.node import Node
 from compute.node_settings import NodeSettings
+from compute.probe import Probe
 from net.dht import keys
 from net.errors import RpcError
 from net.identity import Identity
@@ -91,6 +93,23 @@ async def test_all_at_once(odd: Reference, order: tuple[int, ...]) -> None:
             for n in order:
                 nursery.start_soon(partial(swarm.add_node, odd.folder, identity=IDENTITIES[n], max_blocks=2))
         assert covered(swarm) == set(range(5))
+
+
+@pytest.mark.parametrize("forms", [("fp16", "fp32", "fp32"), ("fp32", "fp16", "fp32"), ("fp32", "fp32", "fp16")])
+async def test_nodes_that_find_another_form_faster_agree(
+    odd: Reference, forms: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has probed before it saw the others; a chain needs one form."""
+    found = iter(forms)
+    monkeypatch.setattr(compute.node, "probe", lambda *_: Probe(chosen=next(found), candidates=()))
+    async with swarm_of() as swarm:
+        async with trio.open_nursery() as nursery:
+            for n in range(3):
+                nursery.start_soon(
+                    partial(swarm.add_node, odd.folder, identity=IDENTITIES[n], max_blocks=2, linear=None)
+                )
+        assert covered(swarm) == set(range(5))
+        assert len({node.offer.numerics for node in swarm.nodes}) == 1
 
 
 class Gate:
