@@ -143,12 +143,9 @@ async def _dial_from(port: int, to: int) -> SocketStream:
 
 
 async def test_an_abandoned_connection_leaves_its_port_to_the_next_one() -> None:
-    """The others are gone: they acknowledge no end. Here, they never take the connection that waits for them."""
-    with free_port() as ours, silent_port() as to:
-        first = await _dial_from(ours, to)
-        await first.aclose()
-        with pytest.raises(OSError, match=r"ssign requested address|in use"):
-            await _dial_from(ours, to)
+    """The others are gone: they acknowledge no end. Here, they never take the connection that waits for them. (One that
+    is closed alone keeps the port for a while, on most kernels and at most times.)
+    """
     with free_port() as ours, silent_port() as to:
         second = await _dial_from(ours, to)
         PlainChannel(second, seeded(1).peer_id).abandon()
