@@ -1,7 +1,7 @@
 """A compute node: a span of blocks, served to sessions and announced to the swarm.
 
 Coming up: choose a span, announce it as ``joining``, look whether somebody chose the same at the same
-time (the lower PeerId keeps it), load, look again, measure, announce as ``online``. Staying: announce anew when the
+time (the lower PeerId keeps it), load, measure, look again, announce as ``online``. Staying: announce anew when the
 speed has changed, and move when the swarm lacks other blocks more: announce where to, look again, load beside the old
 span, look again, announce the new one, and let the old one go when its sessions have ended. Going: stop, withdraw.
 """
@@ -511,9 +511,8 @@ def _fits_beside(old: Serving, target: tuple[int, int]) -> bool:
     """
     span, stats, config = old.span, old.engine.stats, old.span.config
     each = sum(layer.weight_bytes for layer in span.linears) // len(span)
-    cache = (
-        (stats.cache_max_tokens - stats.cache_used_tokens) * 2 * len(span) * config.hidden_size * span.dtype.itemsize
-    )
+    token_bytes = 2 * len(span) * config.hidden_size * span.dtype.itemsize
+    cache = (stats.cache_max_tokens - stats.cache_used_tokens) * token_bytes
     needed = (target[1] - target[0]) * each + config.parameters_per_block * span.dtype.itemsize + cache
     devices = set(span.devices)
     return all(free_bytes(device) >= needed / len(devices) for device in devices)
