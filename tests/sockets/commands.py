@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 START_S = 40.0
@@ -43,16 +43,19 @@ class Command:
 
     def line(self) -> str:
         """The next line of standard output, without its end."""
+        line = self._read_line(self._popen.stdout)
+        assert line.endswith("\n"), self.end()
+        return line[:-1]
+
+    def _read_line(self, stream: IO[str] | None) -> str:
         timer = threading.Timer(START_S, self._popen.kill)
         timer.daemon = True
         try:
             timer.start()
-            assert self._popen.stdout is not None
-            line = self._popen.stdout.readline()
+            assert stream is not None
+            return stream.readline()
         finally:
             timer.cancel()
-        assert line.endswith("\n"), self.end()
-        return line[:-1]
 
     def json(self) -> Any:
         return json.loads(self.line())
@@ -63,14 +66,7 @@ class Command:
 
     def note(self) -> str:
         """The next note on standard error, without what notes begin with."""
-        timer = threading.Timer(START_S, self._popen.kill)
-        timer.daemon = True
-        try:
-            timer.start()
-            assert self._popen.stderr is not None
-            lines = [self._popen.stderr.readline(), self._popen.stderr.readline()]
-        finally:
-            timer.cancel()
+        lines = [self._read_line(self._popen.stderr) for _ in range(2)]
         assert lines[0] == "\n", lines
         assert lines[1].startswith("raceme: note: "), lines
         return lines[1].removeprefix("raceme: note: ").rstrip("\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -131,3 +132,29 @@ async def test_as_many_blocks_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert length(0, NodeSettings(linear="fp16", devices=two)) == 1
     bf16 = checkpoint.block_bytes("fp16", torch.device("cuda", 0))
     assert length(2.51 * bf16 / each, NodeSettings(linear="fp16", devices=two)) == 4
+
+
+@pytest.mark.parametrize(
+    ("others", "stays"),
+    [
+        ([], True),
+        ([announced(1, 3, 6, numerics=numerics("fp16"))], True),
+        ([announced(1, 3, 6, numerics=numerics("none", "cpu-onednn"))], False),
+        ([announced(1, 3, 6, numerics=numerics("none", "cpu"), state="joining")], True),
+    ],
+    ids=["nobody", "alike", "online in another form", "junior, and still joining"],
+)
+async def test_a_node_that_has_loaded_another_form_than_the_others_begins_anew(
+    others: list[NodeAnnouncement], stays: bool
+) -> None:
+    """Each may have probed before it saw the others; a chain needs one form."""
+    lowest = SimpleNamespace(peer_id=SimpleNamespace(to_bytes=lambda: b""))
+    node = Node(cast(Any, lowest), cast(Any, None), find_checkpoint("bloom-tiny"), NodeSettings(linear=None))
+    node._linear, node._length = "fp16", 3
+
+    async def seen() -> list[NodeAnnouncement]:
+        return others
+
+    node._others = seen  # type: ignore[method-assign]
+    assert await node._may_stay(0, 3) is stays
+    assert (node._linear, node._length) == (("fp16", 3) if stays else ("fp32", 0))
