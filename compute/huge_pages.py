@@ -39,17 +39,18 @@ def use_huge_pages() -> int:
     try:
         if not sys.platform.startswith("linux") or "[never]" in _ENABLED.read_text():
             return 0
-        madvise = ctypes.CDLL(None, use_errno=True).madvise
         mappings = list(candidates(_SMAPS.read_text().splitlines()))
-    except (OSError, AttributeError) as exc:
+    except OSError as exc:
         _log.info("no huge pages: %s", exc)
         return 0
-    done = 0
-    for start, end in mappings:
-        if madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _COLLAPSE) == 0:
-            done += end - start
+    done = sum(end - start for start, end in mappings if _collapse(start, end))
     _log.info("%d MiB in huge pages, of %d", done >> 20, sum(end - start for start, end in mappings) >> 20)
     return done
+
+
+def _collapse(start: int, end: int) -> bool:
+    """Whether the system has put these addresses into huge pages."""
+    return bool(ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _COLLAPSE) == 0)
 
 
 def candidates(smaps: Iterable[str]) -> Iterator[tuple[int, int]]:

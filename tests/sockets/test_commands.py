@@ -147,9 +147,8 @@ def test_nodes_that_start_together_cover_the_model(
 def test_status_for_people(relay: str, nodes: list[dict[str, Any]], lonely: Command, tmp_path: Path) -> None:
     outcome = run(tmp_path, "status", "--bootstrap", relay)
     assert (outcome.status, outcome.errors) == (0, "")
-    for node in nodes:
-        assert f"{node['start']}:{node['end']}" in outcome.output
-        assert node["peer_id"] in outcome.output
+    for node in nodes:  # some may have moved by now
+        assert re.search(rf"^ *\d:\d +[.#]{{8}} +{node['peer_id']} ", outcome.output, re.MULTILINE), outcome.output
     assert "Missing: blocks 0:1, 3:5." in outcome.output
 
 
@@ -165,15 +164,11 @@ def test_status_on_a_terminal_of_80_columns(
     # Another test's node may have gone a moment ago: a sentence that names a peer is not the table's.
     table = [line for line in output.splitlines() if not re.match(r"\w{46,}: ", line)]
     assert max(map(len, table)) <= 80
-    for node in nodes:
-        start, end = node["start"], node["end"]
-        bar = "." * start + "#" * (end - start) + "." * (8 - end)
-        row = re.search(
-            rf"^ *{start}:{end} +{re.escape(bar)} +(\w+) +unknown +\d+ tokens/s +[\d.]+ ms *$", output, re.MULTILINE
-        )
-        assert row is not None, output
-        assert node["peer_id"].startswith(row[1])
-        width = len(row[1])
+    rows = re.findall(r"^ *(\d):(\d) +([.#]{8}) +(\w+) +unknown +\d+ tokens/s +[\d.]+ ms *$", output, re.MULTILINE)
+    for node in nodes:  # some may have moved since they said what they serve
+        [(first, end, bar, peer)] = [row for row in rows if node["peer_id"].startswith(row[3])]
+        assert bar == "." * int(first) + "#" * (int(end) - int(first)) + "." * (8 - int(end))
+        width = len(peer)
         for start in range(0, len(node["peer_id"]), width):  # folded, not cut
             assert node["peer_id"][start : start + width] in output
 
