@@ -12,15 +12,18 @@ body = {
     "agent": str,
     "reachability": str?                public, mapped, punchable, relay-only, unknown (which is what its lack means)
     "next": [int, int]?                 the span [start, end) that the node moves to: loads now, and will serve instead
+    "round_trips": {bytes: float}?      to nodes before and behind it in chains, by PeerId, in seconds; at most 32
+    "waiting": float?                   steps that wait or run there, on average over the last half minute; 0 if missing
 }
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from net.addresses import Multiaddr
@@ -38,6 +41,9 @@ KIND = "node"
 DIRECTORY = "raceme/nodes/1"
 MAX_BLOCKS = 1024
 MAX_NAME_CHARACTERS = 96
+MAX_ROUND_TRIPS = 32  # 50 bytes each: records of less than 4 KiB have their signatures checked once alone
+MAX_ROUND_TRIP_S = 60.0
+MAX_WAITING = 1e4
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
 STATE = re.compile(r"joining|online")
 REACHABILITY = re.compile(r"public|mapped|punchable|relay-only|unknown")
@@ -58,7 +64,12 @@ class Numerics:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeAnnouncement:
-    """One node's offer, read from a verified record or to be signed."""
+    """One node's offer, read from a verified record or to be signed.
+
+    Attributes:
+        round_trips: to other nodes, in seconds; the first ``MAX_ROUND_TRIPS`` are announced.
+        waiting: steps that wait or run, on average.
+    """
 
     peer_id: PeerId
     addresses: tuple[Multiaddr, ...]
@@ -76,6 +87,8 @@ class NodeAnnouncement:
     agent: str
     reachability: str = "unknown"
     next: tuple[int, int] | None = None
+    round_trips: Mapping[PeerId, float] = field(default_factory=dict, hash=False)
+    waiting: float = 0.0
 
     def to_body(self) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -96,6 +109,11 @@ class NodeAnnouncement:
         }
         if self.next is not None:
             body["next"] = list(self.next)
+        if self.round_trips:
+            named = itertools.islice(self.round_trips.items(), MAX_ROUND_TRIPS)
+            body["round_trips"] = {peer.to_bytes(): seconds for peer, seconds in named}
+        if self.waiting:
+            body["waiting"] = self.waiting
         return body
 
     @classmethod
@@ -132,7 +150,19 @@ class NodeAnnouncement:
             agent=packing.field(body, "agent", str, max_length=64),
             reachability=_matching({"reachability": "unknown", **body}, "reachability", REACHABILITY, 16),
             next=_next(body, blocks) if "next" in body else None,
+            round_trips=_round_trips(body) if "round_trips" in body else {},
+            waiting=packing.number({"waiting": 0.0, **body}, "waiting", 0.0, MAX_WAITING),
         )
+
+
+def _round_trips(body: Mapping[str, Any]) -> dict[PeerId, float]:
+    named = packing.field(body, "round_trips", dict, max_length=MAX_ROUND_TRIPS)
+    found: dict[PeerId, float] = {}
+    for peer_id, seconds in named.items():
+        if not isinstance(peer_id, bytes) or not 0 < len(peer_id) <= wire.MAX_PEER_ID_BYTES:
+            raise RemoteProtocolError("'round_trips' has a key that is no PeerId")
+        found[PeerId(peer_id)] = packing.number({"round_trips": seconds}, "round_trips", 0.0, MAX_ROUND_TRIP_S)
+    return found
 
 
 def _next(body: Mapping[str, Any], blocks: int) -> tuple[int, int]:

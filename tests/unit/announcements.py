@@ -25,6 +25,11 @@ def node(
     speed: float = 10.0,
     numerics: Numerics = FULL,
     state: str = "online",
+    cache: int = 1000,
+    reachability: str = "unknown",
+    next: tuple[int, int] | None = None,
+    round_trips: dict[int, float] | None = None,
+    waiting: float = 0.0,
 ) -> NodeAnnouncement:
     """What peer ``number`` says that it serves."""
     return NodeAnnouncement(
@@ -38,8 +43,12 @@ def node(
         weights="0" * 64,
         numerics=numerics,
         decode_tokens_per_s=speed,
-        cache_tokens_left=1000,
+        cache_tokens_left=cache,
         max_length=100,
         state=state,
         agent="test",
+        reachability=reachability,
+        next=next,
+        round_trips={peer(other): seconds for other, seconds in (round_trips or {}).items()},
+        waiting=waiting,
     )
