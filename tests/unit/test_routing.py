@@ -253,7 +253,7 @@ def least(nodes: Sequence[NodeAnnouncement], wishes: Wishes, measured: Measureme
 def random_swarm(seed: int) -> tuple[list[NodeAnnouncement], Wishes, Measurements]:
     """Up to ten nodes with prices of every kind, and what is wanted of them."""
     some = random.Random(seed)
-    blocks, count = some.randint(2, 6), some.randint(2, 10)
+    blocks, count = some.randint(2, 6), some.randint(3, 10)
 
     def one_in(n: int) -> bool:
         return some.randrange(n) == 0
@@ -263,14 +263,14 @@ def random_swarm(seed: int) -> tuple[list[NodeAnnouncement], Wishes, Measurement
 
     nodes = []
     for number in range(count):
-        start = some.randrange(blocks)
+        start = 0 if one_in(3) else some.randrange(blocks)
         offer = node(
             number,
             start,
-            some.randint(start + 1, blocks),
+            blocks if one_in(3) else some.randint(start + 1, blocks),
             blocks=blocks,
             speed=some.choice([0.0, 2.0, 20.0, 500.0]),
-            numerics=INT8 if one_in(4) else FULL,
+            numerics=INT8 if one_in(8) else FULL,
             cache=some.choice([0, 60, 1000]),
             reachability="relay-only" if one_in(4) else "public",
             next=(0, 1) if one_in(6) else None,
