@@ -31,6 +31,7 @@ from compute.huge_pages import use_huge_pages
 from compute.linear import BACKENDS
 from compute.memory import free_bytes
 from compute.metrics import Metrics
+from compute.neighbours import Neighbours, Waiting
 from compute.node_settings import NodeSettings
 from compute.placement import better_span, choose_span, coverage, keeps_move
 from compute.probe import probe
@@ -72,6 +73,8 @@ class Node:
         self._linear = settings.linear or ""
         self._length = 0  # of spans that we choose
         self._worth = Worth(host, dht, checkpoint, settings)
+        self._neighbours = Neighbours(host, self._others_alike, self._served_span)
+        self._waiting = Waiting(lambda: total(serving.engine.stats for serving in self._servings).waiting)
         self._pauses: set[str] = set()
         self._resumed = trio.Event()
         self._stay_until = -math.inf
@@ -122,6 +125,8 @@ class Node:
                 await self._announce()
                 task_status.started(self.announcement)
                 nursery.start_soon(self._worth.watch, self._current_engine, self._announce_speed)
+                nursery.start_soon(self._neighbours.watch, self._dht.renew)
+                nursery.start_soon(self._waiting.watch)
                 if self._settings.span is None and self._length < self._checkpoint.n_blocks:
                     nursery.start_soon(self._look_around, nursery)
         finally:
@@ -415,6 +420,14 @@ class Node:
     def _current_engine(self) -> Engine | None:
         return None if self._serving is None else self._serving.engine
 
+    def _served_span(self) -> tuple[int, int] | None:
+        if self._serving is None or self._pauses:
+            return None
+        return self._serving.span.start, self._serving.span.end
+
+    async def _others_alike(self) -> list[NodeAnnouncement]:
+        return self._alike(await self._others())
+
     async def _announce_speed(self, tokens_per_s: float) -> None:
         if self.announcement is not None:
             self.announcement = replace(self.announcement, decode_tokens_per_s=tokens_per_s)
@@ -438,7 +451,7 @@ class Node:
             offer = replace(offer, cache_tokens_left=stats.cache_max_tokens - stats.cache_used_tokens)
         # Where and how we are reached is found out while we serve, and changes.
         offer = replace(offer, addresses=tuple(self._host.addresses), reachability=self._host.reachability)
-        return offer.to_body()
+        return replace(offer, round_trips=self._neighbours.round_trips, waiting=self._waiting.average).to_body()
 
     def _offer(self, start: int, end: int) -> NodeAnnouncement:
         """What is announced: that we are about to load these blocks."""
