@@ -18,7 +18,20 @@ A scale is the largest magnitude of its values / 127, rounded. bfloat16 has floa
 adds 0.4 % to the error that a scale in float32 has; float16 would add nothing, and overflow. To encode what was decoded
 to float32 gives the same bytes, so that passing it on loses nothing more.
 
-FIGURES
+Measured with bloom-tiny in four hops, held-out text (``tests/bench/forms.py``), MB of float32 values per second of one
+thread of a server's CPU (x86-64 with AVX-512), messages of 256 tokens:
+
+============  ==================  ==========  ===========  ===========  ==============  ==============
+form          bytes an element    error       same argmax  nats added   encode, decode  compressed
+============  ==================  ==========  ===========  ===========  ==============  ==============
+float32       4.00 (3.16)         0           100 %        0            (a view), 9000  490, 1040
+float16       2.00 (1.59)         1.7e-4      99.99 %      0.00001      1200, 6900      550, 1330
+bfloat16      2.00 (1.29)         1.3e-3      99.8 %       0.00006      1280, 8800      420, 1310
+int8          1.03 (0.90)         5.9e-3      99.1 %       0.0001       1270, 3000      530, 1040
+============  ==================  ==========  ===========  ===========  ==============  ==============
+
+In brackets: compressed; embeddings, of which a text repeats many, do much for that. Between blocks 0.85 is left of
+float32 and float16, 0.69 of bfloat16, 0.94 of int8, which pays on lines up to about 45, 35, 60 and 6 MB/s.
 """
 
 from __future__ import annotations

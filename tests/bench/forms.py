@@ -2,7 +2,7 @@
 
 bytes-per-element-*: as sent, and with -zstd byte-shuffled and compressed (compute/compression.py); -one-block: the same
 in one frame that does not begin a block with each plane; -unshuffled: neither. encode-*, decode-*: MB of float32 values
-per second, of what all hops of a prompt send (256 tokens a message), then of single tokens.
+per second of one thread's own time, of what all hops of prompts send (256 tokens a message), and of single tokens.
 error-*: of all that is sent, relative to its size. argmax-* and loss-added-*: as tests/bench/quality.py, for a client
 that passes on what the hops send, from float32 nodes; on the same text.
 """
@@ -121,9 +121,9 @@ def speeds(form: Form, messages: list[Tensor], name: str, runs: int) -> list[rep
 
 
 def _seconds(work: Callable[[], None]) -> float:
-    began = time.perf_counter()
+    began = time.thread_time()
     work()
-    return time.perf_counter() - began
+    return time.thread_time() - began
 
 
 def main() -> None:
