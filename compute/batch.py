@@ -45,10 +45,13 @@ class Work:
         position: Of its first token.
         gradient: For backward: that of the output, [b, t, d].
         order: For a session whose rows change places: which row each one was before, [b].
+        pads: How many tokens of padding each row begins with, [b]; ``None`` if none has any.
+        every_block: The result is what each block gives.
         place: Where the session's tokens are; ``None`` without a session.
         prefix: Tokens before ``position`` that another session has, whose results belong to these.
         kept_chunk: The results of chunks of so many tokens stay with the slot, for who begins alike; 0: none.
-        outputs: Results so far, in the dtype of ``hidden``: [b, c, d] each, or [c, t, d] without a session.
+        outputs: Results so far, in the dtype of ``hidden``: [b, c, d] each, or [c, t, d] without a session. Of every
+            block: one [n, b, t, d], for all of them.
         between: What goes from one pass to the next; for backward the inputs of blocks, the last one's last.
         upstream: For backward: the gradient so far.
     """
@@ -59,6 +62,8 @@ class Work:
     position: int = 0
     gradient: Tensor | None = None
     order: Tensor | None = None
+    pads: Tensor | None = None
+    every_block: bool = False
     place: Place | None = None
     prefix: int = 0
     kept_chunk: int = 0
@@ -77,7 +82,7 @@ class Work:
         return 0 if self.place is None else 1
 
     def result(self) -> Tensor:
-        """All outputs: [b, t, d]."""
+        """All outputs: [b, t, d], or [n, b, t, d] of every block."""
         return self.outputs[0] if len(self.outputs) == 1 else torch.cat(self.outputs, dim=self.dim)
 
 
@@ -169,7 +174,7 @@ class Runner:
         if place is None or place.slot is None:
             return None
         source = None if place.shared_slot is None else self._memory[place.shared_slot]
-        return KVCache(self._memory[place.slot], source, place.shared)
+        return KVCache(self._memory[place.slot], source, place.shared, work.pads)
 
     # Pieces
 
@@ -231,6 +236,8 @@ class Runner:
         if work.prefix and work.place is not None and work.place.shared_slot is not None:
             kept = self._memory[work.place.shared_slot].outputs
             work.outputs += [kept[end] for end in sorted(kept) if end <= work.prefix]
+        if work.every_block:
+            work.outputs = [work.hidden.new_empty(len(work.span), *work.hidden.shape)]  # [n, b, t, d]
 
     def _forward(self, piece: Piece) -> None:
         work, span = piece.work, piece.work.span
@@ -243,12 +250,16 @@ class Runner:
             hidden = work.between.pop()
         cache = self._cache(work)
         position = 0 if cache is None else work.position + piece.start
-        if work.kind is Kind.DECODE and cache is not None:
+        if work.every_block:
+            hidden = _each_block(piece, hidden, cache, position)  # [b, c, d]
+        elif work.kind is Kind.DECODE and cache is not None:
             hidden = span.decode(hidden, cache, position)  # [b, t, d]
         else:
             hidden = span(hidden, cache, position, piece.first, piece.last)  # [b, c, d] or [c, t, d]
         if piece.last < len(span):
             work.between.append(hidden)
+            return
+        if work.every_block:
             return
         if not _finite(hidden):
             raise _bad_output(hidden)
@@ -256,6 +267,23 @@ class Runner:
         work.outputs.append(output)
         if cache is not None and work.kept_chunk == piece.stop - piece.start:
             cache.own.outputs[piece.stop] = output
+
+
+def _each_block(piece: Piece, hidden: Tensor, cache: KVCache | None, position: int) -> Tensor:
+    """A part of the way forward block by block, what each gives being a result.
+
+    Shapes:
+        hidden: [b, c, d]
+        returns: [b, c, d]
+    """
+    (outputs,) = piece.work.outputs  # [n, b, t, d]
+    for index in range(piece.first, piece.last):
+        hidden = piece.work.span(hidden, cache, position, index, index + 1)  # [b, c, d]
+        if not _finite(hidden):
+            raise _bad_output(hidden)
+        part = outputs[index].narrow(1, position - piece.work.position, hidden.shape[1])  # [b, c, d]
+        part.copy_(hidden.to(device="cpu", dtype=outputs.dtype))
+    return hidden
 
 
 def _backward(piece: Piece) -> None:

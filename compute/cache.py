@@ -87,22 +87,26 @@ class KVCache:
         own: Where tokens from ``shared`` on are.
         source: Where those before are; they are only read.
         shared: How many those are.
+        pads: How many tokens of padding each row begins with, [b], int64; ``None`` if none has any.
     """
 
-    def __init__(self, own: SlotMemory, source: SlotMemory | None = None, shared: int = 0) -> None:
+    def __init__(
+        self, own: SlotMemory, source: SlotMemory | None = None, shared: int = 0, pads: Tensor | None = None
+    ) -> None:
         """Put memory together."""
         self.own = own
         self.source = source
         self.shared = shared
+        self.pads = pads
 
     @classmethod
-    def alone(cls, span: BloomSpan, rows: int, length: int) -> KVCache:
+    def alone(cls, span: BloomSpan, rows: int, length: int, pads: Tensor | None = None) -> KVCache:
         """One with memory of its own.
 
         Raises:
             RuntimeError: There is no memory, as torch says it.
         """
-        return cls(SlotMemory(span, rows, length))
+        return cls(SlotMemory(span, rows, length), pads=pads)
 
     def extend(self, index: int, key: Tensor, value: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """See :class:`compute.bloom.block.SpanCache`."""

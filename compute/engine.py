@@ -12,6 +12,10 @@ nothing else. The event loop decides what it does: who runs next (``compute/sche
 A plan is made when the thread is free and somebody waits: after all tasks that are ready now have had their turn, and
 never later. Decode steps of up to 32 tokens, rows counted apart, run together; a longer step runs in chunks of a fixed
 size, so that its bits do not depend on what else there is to do; forward and backward run in the gaps.
+
+On the CPU, where linear layers' rows are independent, a decode step of some tokens has the bits of as many steps of one
+token, in its result and in what it leaves behind: steps can be replayed in runs, and drafts looked at, with the same
+tokens exactly.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ from compute.errors import BadInput, BadOutput, EngineBusy, EngineError, EngineS
 from compute.estimates import Kind
 from compute.measuring import Speed, measure
 from compute.memory import cache_bytes
-from compute.requests import check_hidden, is_integer, read_order
+from compute.requests import check_hidden, is_integer, read_order, read_pads
 from compute.scheduler import Batch, Job, Scheduler, Slice, State, Ticket
 from compute.slots import Change, NoRoom, Slots
 from compute.tensors import tensor_bytes
@@ -55,6 +59,8 @@ class _Session:
     """An open session.
 
     Attributes:
+        padding: How many tokens of padding each row begins with, by :meth:`Engine.open_session`, [b], or ``None``.
+        pads: The same after rows have changed places.
         waiting: Steps that wait or run.
         closing: It takes no new steps, and ends after those.
         closed: Set when it has ended.
@@ -65,6 +71,8 @@ class _Session:
     span: BloomSpan
     rows: int
     max_length: int
+    padding: Tensor | None = None
+    pads: Tensor | None = None
     waiting: int = 0
     closing: bool = False
     closed: trio.Event = field(default_factory=trio.Event)
@@ -73,6 +81,11 @@ class _Session:
     def blocks(self) -> tuple[int, int]:
         """Only steps of the same ones share a batch."""
         return self.span.start, self.span.end
+
+    def pads_for(self, work: Work) -> Tensor | None:
+        """Those of a step: padding moves along with its row, and rows that begin anew begin as they did at first."""
+        pads = self.padding if work.position == work.prefix else self.pads  # [b]
+        return pads if pads is None or work.order is None else pads[work.order]  # [b]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -179,8 +192,12 @@ class Engine:
         start: int | None = None,
         end: int | None = None,
         peer: Hashable = None,
+        pads: Sequence[int] | None = None,
     ) -> int:
         """Open a session; its cache is taken as it grows.
+
+        A row with padding gives what it gives without, to rounding: kernels add up in another order. What it gives for
+        its padding is finite and means nothing.
 
         Args:
             batch: Rows of every step.
@@ -189,13 +206,16 @@ class Engine:
                 ``None``. Slots are counted in full even if a session runs only some blocks.
             end: Block after the last; the span's last if ``None``.
             peer: On whose account; ``None`` is a peer like any other.
+            pads: How many tokens of padding each row begins with, which no other token sees; none if ``None``. They
+                move along when rows change places, and a step at position 0 begins with these again.
 
         Returns:
             The session's id.
 
         Raises:
             BadInput: ``bad-value``: an argument is no integer or less than 1, ``batch`` is more than the
-                engine allows, or the blocks are not within the span; ``too-long``: ``max_length`` is more
+                engine allows, the blocks are not within the span, or ``pads`` are not one number from 0 and
+                below ``max_length`` for each row; ``too-long``: ``max_length`` is more
                 than the engine allows, or a token of each row more than the whole cache.
             EngineBusy: Too many sessions are open, of this peer or in all, and none has been idle for long.
             EngineStopped: The engine does not run.
@@ -210,6 +230,7 @@ class Engine:
             raise BadInput(
                 "too-long", f"max_length is {max_length}, at most {self.settings.max_length_tokens} is served"
             )
+        padding = read_pads(pads, batch, max_length)
         span = self._part(start, end)
         key = next(self._keys)
         try:
@@ -221,7 +242,9 @@ class Engine:
             busy.retry_after_s = refused.retry_after_s
             raise busy from refused
         self._follow(change)
-        self._sessions[key] = _Session(key=key, peer=peer, span=span, rows=batch, max_length=max_length)
+        self._sessions[key] = _Session(
+            key=key, peer=peer, span=span, rows=batch, max_length=max_length, padding=padding
+        )
         return key
 
     def session_length(self, session: int) -> int:
@@ -232,7 +255,15 @@ class Engine:
         """
         return self._slots.place(self._session(session).key).length
 
-    async def step(self, session: int, hidden: Tensor, position: int, order: Sequence[int] | None = None) -> Tensor:
+    async def step(
+        self,
+        session: int,
+        hidden: Tensor,
+        position: int,
+        order: Sequence[int] | None = None,
+        *,
+        every_block: bool = False,
+    ) -> Tensor:
         """Run the span on new tokens of a session, or again on old ones.
 
         Args:
@@ -242,15 +273,19 @@ class Engine:
             position: Index of the first token: 0 up to the session's length. What the session has from
                 there on is replaced.
             order: For beam search: row ``i`` goes on from what row ``order[i]`` had; each from its own if ``None``.
+            every_block: Return what each of the session's ``n`` blocks gives; the last is what the step gives without,
+                with the same bits where rows are independent. It shares neither a batch nor a prefix, and is slower.
 
         Shapes:
             hidden: [b, t, d]
-            returns: [b, t, d], in the dtype of ``hidden``, on the CPU; an inference tensor (no autograd)
+            returns: [b, t, d], in the dtype of ``hidden``, on the CPU; an inference tensor (no autograd);
+                [n, b, t, d] with ``every_block``
 
         Raises:
             BadInput: ``no-session``, which it also is when it was ended to make room; ``bad-dtype``; ``bad-shape``;
-                ``bad-position``; ``bad-value``: no order of rows; ``too-long``; ``not-finite``: a row holds NaN or
-                infinity, and the session is over.
+                ``bad-position``; ``bad-value``: no order of rows; ``too-long``, which is also a result of
+                ``every_block`` with more tokens, blocks and rows counted apart, than ``max_batch`` rows of
+                ``max_length_tokens``; ``not-finite``: a row holds NaN or infinity, and the session is over.
             OutOfCache: There is no room for the tokens; or no memory for the step, and the session is over.
             EngineBusy: Too many steps wait.
             BadOutput: The result is not finite, and the session is over.
@@ -266,11 +301,14 @@ class Engine:
         self._check_step(opened, hidden, position)
         places = None if order is None else read_order(order, opened.rows)
         rows, tokens = hidden.shape[:2]
+        if every_block:
+            self._check_every_block(opened, rows * tokens)
         fits = rows * tokens <= self._scheduler.settings.buckets[-1]
         kind = Kind.DECODE if fits else Kind.PREFILL
         prefixes: list[tuple[int, bytes]] = []
         shared = 0
-        if not fits and position == 0 and places is None and self.settings.share_prefixes:
+        shares = self.settings.share_prefixes and not every_block
+        if not fits and position == 0 and places is None and shares:
             prefixes = await self._digests(opened, hidden)
             shared = self._begin_with(opened, prefixes, tokens)
         work = Work(
@@ -279,6 +317,7 @@ class Engine:
             hidden=hidden[:, shared:],
             position=position + shared,
             order=places,
+            every_block=every_block,
             prefix=shared,
             kept_chunk=self._chunk(opened) if prefixes and not shared else 0,
         )
@@ -290,7 +329,7 @@ class Engine:
             units=1 if fits else tokens - shared,
             unit_tokens=rows * tokens if fits else rows,
             passes=work.passes,
-            group=opened.blocks,
+            group=(opened.key if every_block else None, *opened.blocks),
         )
         try:
             await self._submit(job, request)
@@ -419,6 +458,12 @@ class Engine:
         if not opened.waiting and position > (length := self._slots.place(opened.key).length):
             raise BadInput("bad-position", f"a step at {position}, but the session has {length} tokens")
 
+    def _check_every_block(self, opened: _Session, tokens: int) -> None:
+        """Whether the result takes no more memory than that of a training step."""
+        most = self.settings.max_batch * self.settings.max_length_tokens
+        if tokens * len(opened.span) > most:
+            raise BadInput("too-long", f"{tokens} tokens after {len(opened.span)} blocks each; at most {most} in all")
+
     async def _train(
         self, kind: Kind, hidden: Tensor, gradient: Tensor | None, peer: Hashable, start: int | None, end: int | None
     ) -> Tensor:
@@ -445,7 +490,8 @@ class Engine:
             return []
 
         def digests() -> list[tuple[int, bytes]]:
-            hasher = hashlib.sha256(f"{hidden.dtype} {opened.rows} {chunk}".encode())
+            pads = None if opened.padding is None else opened.padding.tolist()
+            hasher = hashlib.sha256(f"{hidden.dtype} {opened.rows} {chunk} {pads}".encode())
             found: list[tuple[int, bytes]] = []
             for end in range(chunk, hidden.shape[1], chunk):
                 hasher.update(tensor_bytes(hidden[:, end - chunk : end].cpu().contiguous()))
@@ -557,6 +603,7 @@ class Engine:
             return wrong
         self._follow(change, work)
         work.place = self._slots.place(session.key)
+        work.pads = session.pads_for(work)
         request.reserved = True
         return None
 
@@ -573,7 +620,9 @@ class Engine:
         if batch is None:
             return
         self._busy_s += took_s
-        if batch.kind is Kind.DECODE and batch.rows == 1 and batch.slices[0].work == len(self.span):
+        first = batch.slices[0]
+        is_lone = batch.kind is Kind.DECODE and batch.rows == 1 and first.work == len(self.span)
+        if is_lone and not self._requests[first.ticket].work.every_block:
             self._lone_steps += 1
             self._lone_s += took_s
         if self._watcher is not None:
@@ -612,6 +661,7 @@ class Engine:
         now, work = trio.current_time(), request.work
         end = work.position + work.hidden.shape[1]
         if finished:
+            session.pads = work.pads
             change = self._slots.commit(session.key, end, now)
             if session.key not in change.ended:
                 for tokens, digest in request.prefixes:

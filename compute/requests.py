@@ -46,6 +46,24 @@ def read_order(order: Sequence[int], rows: int) -> Tensor:
     return torch.tensor(list(order), dtype=torch.int64)  # [rows]
 
 
+def read_pads(pads: Sequence[int] | None, rows: int, max_length: int) -> Tensor | None:
+    """How many tokens of padding each row begins with; ``None`` if no row has any.
+
+    Shapes:
+        returns: [rows], int64
+
+    Raises:
+        BadInput: ``bad-value``: it is no padding of so many rows, or leaves a row without a token of its own.
+    """
+    if pads is None:
+        return None
+    if not isinstance(pads, Sequence) or len(pads) != rows:
+        raise BadInput("bad-value", f"the padding of rows is {rows} numbers, not {pads!r:.60}")
+    if not all(is_integer(pad, 0, max_length - 1) for pad in pads):
+        raise BadInput("bad-value", f"the padding of rows is {rows} numbers below {max_length}, not {pads!r:.60}")
+    return torch.tensor(list(pads), dtype=torch.int64) if any(pads) else None  # [rows]
+
+
 def is_integer(value: object, least: int, most: int | None = None) -> bool:
     """Whether ``value`` is an integer (``True`` is none) within bounds; requests may hold anything."""
     return type(value) is int and value >= least and (most is None or value <= most)

@@ -39,7 +39,7 @@ def _powers(n_head: int, exponents: Tensor) -> Tensor:
     return torch.pow(base, exponents.to(torch.int32))  # [n]
 
 
-def alibi_bias(head_slopes: Tensor, position: int, tokens: int) -> Tensor:
+def alibi_bias(head_slopes: Tensor, position: int, tokens: int, pads: Tensor | None = None) -> Tensor:
     """What is added to the scores of ``tokens`` new queries that start at ``position``.
 
     In the relative form ``slope * (j - i)``, which differs from transformers' ``slope * j`` by a constant
@@ -50,10 +50,13 @@ def alibi_bias(head_slopes: Tensor, position: int, tokens: int) -> Tensor:
         head_slopes: What :func:`slopes` gave, on the device where attention runs.
         position: Index of the first query, in tokens.
         tokens: Number of queries.
+        pads: How many tokens of padding each row begins with. No other token sees them, and they see themselves alone,
+            so that softmax has something to go by. Distances are relative: nothing else changes.
 
     Shapes:
         head_slopes: [h]
-        returns: [1, h, t, position + t], float32
+        pads: [b], int64, on the device of ``head_slopes``
+        returns: [1, h, t, position + t], float32; [b, h, t, position + t] with ``pads``
     """
     keys = torch.arange(position + tokens, device=head_slopes.device)  # [L]
     queries = keys[position:]  # [t]
@@ -61,4 +64,7 @@ def alibi_bias(head_slopes: Tensor, position: int, tokens: int) -> Tensor:
     bias = head_slopes[:, None, None] * distance  # [h, t, L]
     if tokens > 1:
         bias = bias.masked_fill_(distance > 0, float("-inf"))  # [h, t, L]
-    return bias[None]  # [1, h, t, L]
+    if pads is None:
+        return bias[None]  # [1, h, t, L]
+    unseen = (keys < pads[:, None])[:, None, :] & (distance != 0)  # [b, t, L]
+    return bias.masked_fill(unseen[:, None], float("-inf"))  # [b, h, t, L]

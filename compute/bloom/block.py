@@ -9,6 +9,10 @@ their place. Steps of several sessions run together (:meth:`BloomSpan.steps`) su
 at once and attention each session by itself: a session's bits are then those that it would have alone, if its linear
 layers' rows are independent.
 
+Where they are, attention takes the tokens of a short step one by one (:data:`SINGLY_TOKENS`), in the shapes that it has
+in a step of one token, because kernels add up in another order for several queries: a step of some tokens then has the
+bits of as many steps of one.
+
 The blocks of a span may lie on several GPUs, in stages of consecutive ones: hidden states move along, and a block's
 keys and values lie where the block does.
 
@@ -22,7 +26,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +38,15 @@ from compute.bloom.gelu import gelu
 from compute.bloom.segments import EagerSegments, Graphs, Segments
 from compute.linear import FrozenLinear
 
+SINGLY_TOKENS: Final = 32  # of all rows: up to so many rows are independent, and a decode step has no more
+
 
 class SpanCache(Protocol):
     """Keys and values that a span writes and reads; :class:`compute.cache.KVCache` is one."""
+
+    @property
+    def pads(self) -> Tensor | None:
+        """How many tokens of padding each row begins with: [b], int64, on any device; ``None`` if none has any."""
 
     def extend(self, index: int, key: Tensor, value: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """Write new tokens' keys and values in the span's block ``index``, counted from the span's start.
@@ -86,19 +96,28 @@ class BloomAttention(nn.Module):
         return output
 
     def attend(self, fused: Tensor, bias: Tensor, cache: SpanCache | None, index: int, position: int) -> Tensor:
-        """What lies between the two linear layers; each row by itself.
+        """What lies between the two linear layers; each row by itself, and of a short step each token.
 
         Shapes:
             fused: [b, t, 3d]
             returns: [b, t, d]
         """
         b, t, _ = fused.shape
+        singly = cache is not None and 1 < t <= SINGLY_TOKENS // b and self._rows_independent
         fused = fused.view(b, t, self.n_head, 3, self.head_dim).permute(3, 0, 2, 1, 4)  # [3, b, h, t, hd]
         query, key, value = fused.unbind(0)  # 3 x [b, h, t, hd]
         if cache is not None:
             key, value = cache.extend(index, key, value, position)  # [b, h, L, hd]
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)  # [b, h, t, hd]
+        if singly:
+            context = _one_by_one(query, key, value, bias)  # [b, h, t, hd]
+        else:
+            context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)  # [b, h, t, hd]
         return context.transpose(1, 2).reshape(b, t, self.n_head * self.head_dim)  # [b, t, d]
+
+    @property
+    def _rows_independent(self) -> bool:
+        """Whether it makes a difference how attention adds up: elsewhere linear layers do as they like in any case."""
+        return isinstance(self.query_key_value, FrozenLinear) and self.query_key_value.rows_independent
 
 
 class BloomMLP(nn.Module):
@@ -146,7 +165,7 @@ class BloomBlock(nn.Module):
 
         Args:
             hidden: The tokens' hidden states.
-            bias: ``alibi_bias(slopes, position, t)``, the same for every block of a step.
+            bias: ``alibi_bias(slopes, position, t, cache.pads)``, the same for every block of a step.
             cache: Where keys and values of ``[position, position + t)`` are written, and those before read.
                 ``None``, together with position 0, for a whole sequence.
             index: This block's index in the cache.
@@ -154,7 +173,7 @@ class BloomBlock(nn.Module):
 
         Shapes:
             hidden: [b, t, d]
-            bias: [1, h, t, position + t]
+            bias: [1, h, t, position + t] or [b, h, t, position + t]
             returns: [b, t, d]
         """
         normed: Tensor = self.input_layernorm(hidden)  # [b, t, d]
@@ -325,6 +344,9 @@ class BloomSpan(nn.Module):
     ) -> Tensor:
         """Run blocks on ``t`` new tokens: all of them, or one part after another.
 
+        With a cache, and if :attr:`rows_independent`, up to :data:`SINGLY_TOKENS` tokens, rows counted apart, have the
+        bits that they have one after another, and so has what is written into the cache.
+
         Args:
             hidden: Hidden states before block ``start + first``.
             cache: Keys and values, with room for ``position + t`` tokens; ``None`` for a whole sequence.
@@ -346,7 +368,7 @@ class BloomSpan(nn.Module):
             begin, end = max(first, stage.start), min(last, stage.stop)
             if begin < end:
                 hidden = self.place(hidden, begin)  # [b, t, d]
-                bias = self.bias(hidden, position)  # [1, h, t, L]
+                bias = self._bias(position, hidden.shape[1], hidden, cache)  # [1 or b, h, t, L]
                 for index in range(begin, end):
                     hidden = self.blocks[index](hidden, bias, cache, index, position)  # [b, t, d]
         return hidden
@@ -419,7 +441,7 @@ class BloomSpan(nn.Module):
         start = 0
         for step in steps:
             b, t, _ = step.hidden.shape
-            bias = self._bias(step.position, t, rows)  # [1, h, t, L]
+            bias = self._bias(step.position, t, rows, step.cache)  # [1 or b, h, t, L]
             parts.append(_Part(step=step, start=start, b=b, t=t, bias=bias))
             start += b * t
         return parts
@@ -438,16 +460,43 @@ class BloomSpan(nn.Module):
             hidden: [b, t, d]
             returns: [1, h, t, position + t]
         """
-        return self._bias(position, hidden.shape[1], hidden)  # [1, h, t, L]
+        return self._bias(position, hidden.shape[1], hidden, None)  # [1, h, t, L]
 
-    def _bias(self, position: int, tokens: int, like: Tensor) -> Tensor:
-        """The same for a number of tokens, on the device of any tensor."""
+    def _bias(self, position: int, tokens: int, like: Tensor, cache: SpanCache | None) -> Tensor:
+        """The same for a number of tokens, on the device of any tensor, with the padding that the cache's rows have.
+
+        Shapes:
+            returns: [1, h, t, position + t]; [b, h, t, position + t] with padding
+        """
+        pads = None if cache is None or cache.pads is None else cache.pads.to(like.device)  # [b]
         known = self._slopes.get(like.device)
         if known is None:
             known = self._slopes[like.device] = next(iter(self._slopes.values())).to(like.device)  # [h]
-        bias = alibi_bias(known, position, tokens)  # [1, h, t, L]
+        bias = alibi_bias(known, position, tokens, pads)  # [1 or b, h, t, L]
         # A GPU's fused kernels want one dtype for all. Rounded, what is relative is exact where it is near.
         return bias.to(like.dtype) if like.is_cuda else bias
+
+
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Attention of each query by itself, over the keys up to its own.
+
+    Shapes:
+        query: [b, h, t, hd]
+        key, value: [b, h, L, hd]
+        bias: [1 or b, h, t, L]
+        returns: [b, h, t, hd]
+    """
+    t, length = query.shape[2], key.shape[2]
+    contexts = [
+        F.scaled_dot_product_attention(
+            query[:, :, index : index + 1],
+            key[:, :, :end],
+            value[:, :, :end],
+            attn_mask=bias[:, :, index : index + 1, :end],
+        )  # [b, h, 1, hd]
+        for index, end in enumerate(range(length - t + 1, length + 1))
+    ]
+    return torch.cat(contexts, dim=2)  # [b, h, t, hd]
 
 
 def _device(block: nn.Module) -> torch.device:
