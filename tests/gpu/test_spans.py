@@ -125,6 +125,24 @@ def test_results_are_not_overwritten_by_the_next_step(device: torch.device, dtyp
     assert torch.equal(first, kept)
 
 
+@pytest.mark.parametrize("linear", [name for name in BACKENDS if name != "llm-int8"])
+def test_several_tokens_and_padding(linear: str, device: torch.device, dtype: torch.dtype) -> None:
+    """In chunks and in short steps, from graphs and without: about what each row gives alone, without its padding."""
+    span = on_device(linear, device, dtype)
+    pads, hidden = [0, 3, 18], hidden_states(3, 28).to(device=device, dtype=dtype)
+    for graphs in ([], [SpanGraphs(span, record_for(device))]):
+        span.graphs = graphs
+        cache = KVCache.alone(span, 3, 64, torch.tensor(pads))
+        with torch.inference_mode():
+            parts = [span(hidden[:, :20], cache, 0)]
+            parts += [span.decode(hidden[:, start:end], cache, start) for start, end in ((20, 21), (21, 28))]
+            found = torch.cat(parts, dim=1)
+            assert bool(torch.isfinite(found).all())
+            for row, pad in enumerate(pads):
+                alone = span(hidden[row : row + 1, pad:])
+                assert error(found[row : row + 1, pad:], alone.float().cpu()) < (1e-5 if linear == "fp32" and dtype == torch.float32 else 5e-2)
+
+
 def test_more_rows_than_there_are_graphs_for_run_kernel_by_kernel(device: torch.device, dtype: torch.dtype) -> None:
     span = on_device("fp16", device, dtype)
     graphs = SpanGraphs(span, record_for(device))

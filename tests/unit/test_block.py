@@ -59,6 +59,16 @@ def test_bias_is_relative_and_causal() -> None:
     assert torch.equal(bias, torch.tensor(expected)[None, None])
 
 
+def test_padding_is_seen_by_itself_alone() -> None:
+    inf = float("inf")
+    bias = alibi_bias(torch.tensor([0.5, 1.0]), position=1, tokens=3, pads=torch.tensor([0, 2, 3]))
+    assert torch.equal(bias[:1], alibi_bias(torch.tensor([0.5, 1.0]), position=1, tokens=3))
+    two = [[-inf, 0.0, -inf, -inf], [-inf, -inf, 0.0, -inf], [-inf, -inf, -0.5, 0.0]]
+    three = [[-inf, 0.0, -inf, -inf], [-inf, -inf, 0.0, -inf], [-inf, -inf, -inf, 0.0]]
+    assert torch.equal(bias[1:, 0], torch.tensor([two, three]))
+    assert torch.equal(bias[:, 1], 2 * bias[:, 0])
+
+
 @pytest.mark.parametrize(("heads", "hidden", "layers", "post_layernorm"), VARIANTS)
 def test_whole_sequences_equal_transformers(
     tmp_path: Path, heads: int, hidden: int, layers: int, post_layernorm: bool

@@ -44,16 +44,20 @@ class Model:
     """What a session should have."""
 
     rows: int
+    pads: Tensor | None = None
     length: int = 0
     cache: KVCache = field(init=False)
 
     def __post_init__(self) -> None:
-        self.cache = KVCache.alone(SPAN, self.rows, LENGTH)
+        self.cache = KVCache.alone(SPAN, self.rows, LENGTH, self.pads)
 
     def step(self, hidden: Tensor, position: int, order: list[int] | None) -> Tensor:
         if order is not None:
-            old, self.cache = self.cache, KVCache.alone(SPAN, self.rows, LENGTH)
+            old, pads = self.cache, None if self.cache.pads is None else self.cache.pads[order]
+            self.cache = KVCache.alone(SPAN, self.rows, LENGTH, pads)
             self.cache.own.copy(old.own, 0, 0, position, torch.tensor(order))
+        elif not position:
+            self.cache.pads = self.pads
         tokens = hidden.shape[1]
         chunk = tokens if self.rows * tokens <= 32 else max(1, CHUNK // self.rows)
         outputs = [
@@ -67,6 +71,7 @@ class Model:
 class Open:
     peer: str
     rows: int
+    is_padded: bool
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class Step:
     seed: int  # few of them, so that sessions begin alike
     trouble: str
     mixes: bool
+    every_block: bool
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ class Wait:
     seconds: float
 
 
-OPENS = st.builds(Open, peer=st.sampled_from(["hog", "hog", "a", "b"]), rows=st.integers(1, 2))
+OPENS = st.builds(Open, peer=st.sampled_from(["hog", "hog", "a", "b"]), rows=st.integers(1, 2), is_padded=st.booleans())
 STEPS = st.builds(
     Step,
     which=st.integers(0, 7),
@@ -98,6 +104,7 @@ STEPS = st.builds(
     seed=st.integers(0, 2),
     trouble=st.sampled_from(["", "", "", "", "nan-in", "nan-out", "cancel"]),
     mixes=st.booleans(),
+    every_block=st.sampled_from([False, False, True]),
 )
 OTHERS = st.one_of(st.builds(Close, which=st.integers(0, 7)), st.builds(Wait, seconds=st.sampled_from([0.3, 6, 12])))
 ROUNDS = st.lists(st.lists(st.one_of(OPENS, STEPS, STEPS, STEPS, OTHERS), min_size=1, max_size=6), max_size=8)
@@ -111,12 +118,13 @@ class World:
         self.cancelled: dict[int, set[int]] = {}  # lengths that it may have
 
     async def open(self, what: Open) -> None:
+        pads = [5, 21][: what.rows] if what.is_padded else None
         try:
-            key = await self.engine.open_session(batch=what.rows, max_length=LENGTH, peer=what.peer)
+            key = await self.engine.open_session(batch=what.rows, max_length=LENGTH, peer=what.peer, pads=pads)
         except EngineBusy as refused:
             assert refused.retry_after_s > 0
         else:
-            self.models[key] = Model(what.rows)
+            self.models[key] = Model(what.rows, None if pads is None else torch.tensor(pads))
 
     async def step(self, key: int, what: Step) -> None:
         model = self.models[key]
@@ -135,7 +143,7 @@ class World:
             with trio.CancelScope() as scope:
                 if what.trouble == "cancel":
                     scope.cancel()
-                output = await self.engine.step(key, hidden, position, order)
+                output = await self.engine.step(key, hidden, position, order, every_block=what.every_block)
         except (BadInput, BadOutput) as error:
             assert error.code in ("no-session", "not-finite", "bad-output")
             assert error.code == "no-session" or what.trouble
@@ -150,7 +158,7 @@ class World:
             return
         assert not what.trouble or what.trouble == "cancel"
         with torch.inference_mode():
-            assert torch.equal(output, model.step(hidden, position, order))
+            assert torch.equal(output[-1] if what.every_block else output, model.step(hidden, position, order))
 
     async def round(self, operations: list[Any]) -> None:
         keys = sorted(self.models)

@@ -265,6 +265,25 @@ async def test_a_step_that_fails_while_rows_change_places_forgets_all() -> None:
         assert engine.session_length(session) == 1
 
 
+async def test_a_bug_while_rows_change_places_makes_a_session_forget_all() -> None:
+    class Broken(BloomSpan):
+        def forward(self, hidden: Tensor, *args: Any) -> Tensor:
+            if hidden[0, 0, 0] == 42.0:
+                raise ZeroDivisionError("a bug")
+            return super().forward(hidden, *args)
+
+    odd = hidden_states(2, 1)
+    odd[0, 0, 0] = 42.0
+    inner = make_span()
+    async with running(Broken(inner.config, 0, inner.blocks)) as engine:  # type: ignore[arg-type]
+        session = await engine.open_session(batch=2, max_length=8)
+        expected = await engine.step(session, hidden_states(2, 3), 0)
+        with pytest.raises(ZeroDivisionError):
+            await engine.step(session, odd, 3, [1, 1])
+        assert engine.session_length(session) == 0
+        assert torch.equal(await engine.step(session, hidden_states(2, 3), 0), expected)
+
+
 # Prefixes
 
 
