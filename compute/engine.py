@@ -12,10 +12,6 @@ nothing else. The event loop decides what it does: who runs next (``compute/sche
 A plan is made when the thread is free and somebody waits: after all tasks that are ready now have had their turn, and
 never later. Decode steps of up to 32 tokens, rows counted apart, run together; a longer step runs in chunks of a fixed
 size, so that its bits do not depend on what else there is to do; forward and backward run in the gaps.
-
-On the CPU, where linear layers' rows are independent, a decode step of some tokens has the bits of as many steps of one
-token, in its result and in what it leaves behind: steps can be replayed in runs, and drafts looked at, with the same
-tokens exactly.
 """
 
 from __future__ import annotations
@@ -115,6 +111,10 @@ class Engine:
     Methods belong to the event loop that runs :meth:`run`. Errors are :class:`EngineError`. After NaN or infinity, in
     or out, and when there is no memory even for a step alone, its session is over, and no other is touched. After any
     other error it is open, and has what it had, or what lay before the step's position.
+
+    On the CPU, with linear layers whose rows are independent (fp32, fp16, int8), a step of up to 32 tokens, rows
+    counted apart, has the bits of as many steps of one token, in its result and in what it leaves behind: single steps
+    can be replayed in runs, and drafts looked at, with the same tokens exactly.
     """
 
     def __init__(self, span: BloomSpan, settings: EngineSettings | None = None, watcher: Watcher | None = None) -> None:

@@ -41,7 +41,7 @@ async def test_beside_other_sessions_it_runs_alone() -> None:
     span, hidden = GatedSpan(make_span()), hidden_states(1, 5)
     states: list[Tensor] = []
     async with running(span) as engine:
-        first, second, third, asked = [await engine.open_session(batch=1, max_length=8) for _ in range(4)]
+        first, second, third, asked = [await engine.open_session(batch=1, max_length=8, peer=peer) for peer in "abcd"]
 
         async def ask() -> None:
             states.append(await engine.step(asked, hidden, 0, every_block=True))

@@ -18,7 +18,7 @@ from compute.engine import Engine, EngineSettings
 from tests.unit.engines import CONFIG, GatedSpan, hidden_states, make_span, running
 
 MOST = 32  # tokens of a decode step, rows counted apart
-SPANS = {name: make_span(linear=name) for name in ("fp32", "fp16")}
+SPANS = {name: make_span(linear=name) for name in ("fp32", "fp16", "int8")}
 WIDE = BloomConfig(vocab_size=16, hidden_size=1024, n_layer=1, n_head=16)  # as in bloom-560m
 
 
