@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import trio
 
+from net.nurseries import open_service_nursery
 from tests.bench.child import NONE
 from tests.bench.links import Links, Place
 
@@ -227,7 +228,7 @@ async def family() -> AsyncIterator[Family]:
     with tempfile.TemporaryDirectory(prefix="raceme-bench-", ignore_cleanup_errors=True) as folder:
         made = Family(Path(folder))
         try:
-            async with trio.open_nursery() as nursery:
+            async with open_service_nursery() as nursery:
                 nursery.start_soon(_heed_sigterm)
                 yield made
                 nursery.cancel_scope.cancel()

@@ -6,9 +6,10 @@ been imported, ``{"up": true}`` comes by itself. Instants are of CLOCK_MONOTONIC
 - ``{"do": "connect", "bootstrap": [ADDRESS], "model": NAME}``: ``{"connect_s": S, "model_s": S}``. Again: the old
   connection is closed first.
 - ``{"do": "generate", "ids": [ID], "new": N, "options": {...}, "stream": false}``: a new session;
-  ``{"began": AT, "times": [AT], "ids": [ID]}`` with an instant for each new id; where it raised, also
-  ``"error": {"type": NAME, "text": TEXT, "typed": BOOL}``, typed if the type is one of ours. With ``stream``, a line
+  ``{"began": AT, "times": [AT], "ids": [ID], "ended": AT}`` with an instant for each new id. With ``stream``, a line
   ``{"at": AT, "id": ID}`` comes for each token as it comes, too, and ``{"began": AT}`` before.
+
+Where either raised there is ``"error": {"type": NAME, "text": TEXT, "typed": BOOL}``, typed if the type is ours.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from net.errors import NetError
 if TYPE_CHECKING:
     from client.blocking import Swarm
     from client.models.bloom import DistributedBloomForCausalLM
+
+
+MAX_TEXT = 300
 
 
 class Noted(BaseStreamer):  # type: ignore[misc]  # transformers has no types here
@@ -67,11 +71,16 @@ class Client:
     def connect(self, bootstrap: list[str], model: str) -> None:
         if self._swarm is not None:
             self._swarm.close()
+            self._swarm = self._model = None
         began = time.monotonic()
-        self._swarm = client.connect(bootstrap)
-        connected = time.monotonic()
-        self._model = self._swarm.model(model)
-        say(connect_s=connected - began, model_s=time.monotonic() - connected)
+        try:
+            self._swarm = client.connect(bootstrap)
+            connected = time.monotonic()
+            self._model = self._swarm.model(model)
+        except Exception as error:  # noqa: BLE001  told to the benchmark
+            say(error=_told(error))
+        else:
+            say(connect_s=connected - began, model_s=time.monotonic() - connected)
 
     def generate(self, ids: list[int], new: int, options: dict[str, Any], *, stream: bool = False) -> None:
         if self._model is None:
@@ -87,10 +96,13 @@ class Client:
             output = self._model.generate(prompt, max_new_tokens=new, **how)
             answer["ids"] = output[0, len(ids) :].tolist()
         except Exception as error:  # noqa: BLE001  told to the benchmark, which counts them
-            is_typed = isinstance(error, ClientError | NetError)
-            answer["error"] = {"type": type(error).__name__, "text": str(error)[:300], "typed": is_typed}
-            answer["ids"] = noted.ids
-        say(**answer, times=noted.times)
+            answer |= {"error": _told(error), "ids": noted.ids}
+        say(**answer, times=noted.times, ended=time.monotonic())
+
+
+def _told(error: Exception) -> dict[str, Any]:
+    is_typed = isinstance(error, ClientError | NetError)
+    return {"type": type(error).__name__, "text": str(error)[:MAX_TEXT], "typed": is_typed}
 
 
 def say(**line: Any) -> None:

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 
 import trio
 
+from net.nurseries import open_service_nursery
+
 CHUNK_BYTES = 64 * 1024
 RATED_CHUNK_BYTES = 4 * 1024  # where there is a rate: what comes later must not wait for long behind it
 WAITING_CHUNKS = 1024  # of one direction of one connection on their way; who sends more waits
@@ -158,7 +160,7 @@ class Links:
                 other = await trio.open_tcp_stream(place.source, place.port)
             except OSError:
                 return  # who dialled has gone, or nobody listens; the connection ends, as it would if nobody had
-            async with other, trio.open_nursery() as nursery:
+            async with other, open_service_nursery() as nursery:
                 nursery.start_soon(_carry_or_cancel, stream, other, place.to, ends, nursery.cancel_scope)
                 nursery.start_soon(_carry_or_cancel, other, stream, place.back, ends, nursery.cancel_scope)
 
@@ -192,7 +194,7 @@ async def carry(
                     data = None
                 await sending.send((line.due(trio.current_time(), len(data or b"")), data))
 
-    async with trio.open_nursery() as nursery:
+    async with open_service_nursery() as nursery:
         nursery.start_soon(take)
         async for due, data in waiting:
             await trio.sleep_until(due)
@@ -229,7 +231,7 @@ async def measure_round_trip_s(links: Links) -> list[float]:
     """
     place = await links.place("probe")
     found = []
-    async with trio.open_nursery() as nursery:
+    async with open_service_nursery() as nursery:
         listeners = await trio.open_tcp_listeners(place.port, host=place.source)
 
         async def echo(stream: trio.SocketStream) -> None:
