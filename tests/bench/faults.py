@@ -14,7 +14,7 @@ beginning to the first token, or from the last one to its error) that overlaps t
 faults; tokens; wrong-tokens: other than one machine's, or missing from a generation that ended well; hangs: no token
 and no error for more than 30 s; pause-p99 and pause-max over all pauses; errors: generations that ended with an error
 of ours, untyped-errors: with any other, or with the client's death; died: nodes that ended by themselves.
-Exit status 0 unless the benchmark broke. --seed gives the same faults at the same times, as far as restarts take as long.
+--seed gives the same faults again, as far as restarts take as long.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ from net.nurseries import open_service_nursery
 from tests.bench import report
 from tests.bench.children import Child, ChildFailed, Family, family
 from tests.bench.links import Links, Place
+from tests.bench.prompts import MODEL, Alone, noise
 from tests.bench.storm import Fault, Gap, Member, Storm, pauses, percentile, unequal
 
-MODEL, BLOCKS, VOCABULARY = "bloom-tiny", 8, 2048
+BLOCKS = 8
 SPANS = ((0, 3), (0, 3), (3, 8), (3, 8), (0, 4), (4, 8))
 RELAYS = 2
 CONTEXT_TOKENS = 512
-SPECIAL_TOKENS = 4
 PLANS = 10
+PROMPT_TOKENS = (1, 7, 16, 60, 130, 200, 300, 400, 448)
 HANG_S = 30.0
 SLOW_PERIOD_S, SLOW_SHARE = 0.1, 0.9
 LEAVE_S = 10.0
@@ -85,29 +86,15 @@ class Seen:
 
 
 def make_plans(seed: int) -> list[Plan]:
-    """Prompts of random tokens: half of them to the full context, the others shorter. transformers answers them."""
-    import torch
-    from transformers import BloomForCausalLM
-    from transformers.utils import logging
-
-    from compute.models import find_checkpoint
-
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    folder = find_checkpoint(MODEL).file("config.json").parent
-    model = BloomForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    """Prompts of random tokens: half of them to the full context, the others shorter."""
+    alone = Alone()
     source = random.Random(f"plans {seed}")
     plans = []
     for number in range(PLANS):
-        length = source.choice((1, 7, 16, 60, 130, 200, 300, 400, 448))
+        length = source.choice(PROMPT_TOKENS)
         new = CONTEXT_TOKENS - length if number % 2 else source.randint(16, min(160, CONTEXT_TOKENS - length))
-        ids = [source.randrange(SPECIAL_TOKENS, VOCABULARY) for _ in range(length)]
-        prompt = torch.tensor([ids])
-        with torch.inference_mode():
-            output = model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=new
-            )
-        plans.append(Plan(ids=ids, expected=output[0, length:].tolist()))
+        ids = noise(source, length)
+        plans.append(Plan(ids=ids, expected=alone.generate(ids, new)))
     return plans
 
 

@@ -24,7 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import client
 import client.models.bloom
-import client.session  # noqa: F401  what connecting and generating would else import
+import client.session  # what connecting and generating would else import
 from client.errors import ClientError
 from net.errors import NetError
 
@@ -77,7 +77,7 @@ class Client:
             self._swarm = client.connect(bootstrap)
             connected = time.monotonic()
             self._model = self._swarm.model(model)
-        except Exception as error:  # noqa: BLE001  told to the benchmark
+        except Exception as error:
             say(error=_told(error))
         else:
             say(connect_s=connected - began, model_s=time.monotonic() - connected)
@@ -95,7 +95,7 @@ class Client:
         try:
             output = self._model.generate(prompt, max_new_tokens=new, **how)
             answer["ids"] = output[0, len(ids) :].tolist()
-        except Exception as error:  # noqa: BLE001  told to the benchmark, which counts them
+        except Exception as error:
             answer |= {"error": _told(error), "ids": noted.ids}
         say(**answer, times=noted.times, ended=time.monotonic())
 

@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -74,15 +74,20 @@ def _processor() -> str:
         return platform.processor()
 
 
-def show(bench: str, figures: Sequence[Figure], *, as_json: bool) -> None:
-    """Print the figures, for a program or for people."""
+def show(bench: str, figures: Sequence[Figure], *, as_json: bool, missing: Mapping[str, str] | None = None) -> None:
+    """Print the figures, for a program or for people.
+
+    Args:
+        bench: its name.
+        figures: what was measured.
+        as_json: one object.
+        missing: what could not be measured, and why; as ``"missing": {NAME: WHY}`` in the object, if there is any.
+    """
     if as_json:
-        print(
-            json.dumps({"bench": bench, "machine": machine(), "figures": [asdict(figure) for figure in figures]}),
-            flush=True,
-        )
+        told: dict[str, Any] = {"bench": bench, "machine": machine(), "figures": [asdict(entry) for entry in figures]}
+        print(json.dumps(told | ({"missing": dict(missing)} if missing else {})), flush=True)
         return
-    width = max(len(figure.name) for figure in figures)
+    width = max((len(name) for name in (*(entry.name for entry in figures), *(missing or ()))), default=0)
     for entry in figures:
         if entry.goal is None:
             verdict = ""
@@ -91,6 +96,8 @@ def show(bench: str, figures: Sequence[Figure], *, as_json: bool) -> None:
             verdict = f"goal {sign} {entry.goal:g}: {'met' if entry.is_met else 'MISSED'}"
         spread = f"({entry.min:g} to {entry.max:g}, {entry.runs} runs)"
         print(f"{entry.name:<{width}}  {entry.value:>9g} {entry.unit:<16} {spread:<32} {verdict}")
+    for name, why in (missing or {}).items():
+        print(f"{name:<{width}}  {'missing':>9} {why}")
 
 
 def progress(text: str) -> None:
