@@ -9,7 +9,7 @@ A fault is done to a good node alone, and only while every block has another goo
 long each lasts): kill (SIGKILL, then restarted), leave (SIGTERM, then restarted), stop (SIGSTOP for 1 to 6 s), slow
 (stopped for nine tenths of the time, for 3 to 8 s), cut (silence for 2 to 8 s). Its effect lasts until the node is
 healed, or restarted and announced. A pause is a gap of more than 0.25 s between two tokens of a generation (or from its
-beginning to the first token, or from the last one to its error) that overlaps the effect of a fault.
+beginning to the first token, or from the last one to its error or to a hang) that overlaps the effect of a fault.
 
 faults; tokens; wrong-tokens: other than one machine's, or missing from a generation that ended well; hangs: no token
 and no error for more than 30 s; pause-p99 and pause-max over all pauses; errors: generations that ended with an error
@@ -52,6 +52,7 @@ STARTS = 3  # tries, for a node that does not come up in the midst of it
 STATUS_S = 10.0
 LOOK_S = 0.5
 WORST = 5
+FAULTS_PER_MINUTE = 20  # at least, or it is no storm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,22 +68,13 @@ class Seen:
     """What clients met."""
 
     gaps: list[Gap] = field(default_factory=list)
+    tokens: int = 0
     generations: int = 0
     wrong: int = 0
     hangs: int = 0
     died: int = 0
     typed: Counter[str] = field(default_factory=Counter)
     untyped: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def tokens(self) -> int:
-        return self._tokens
-
-    _tokens: int = 0
-
-    def token(self, gap: Gap) -> None:
-        self._tokens += 1
-        self.gaps.append(gap)
 
 
 def make_plans(seed: int) -> list[Plan]:
@@ -240,6 +232,8 @@ class Caller:
         self._place: Place | None = None
         self._child: Child | None = None
         self._is_connected = False
+        self._heard = trio.Event()
+        self._waits: tuple[float, int] | None = None  # in a generation: since when, after how many tokens
 
     async def begin(self) -> None:
         self._place = self._place or await self._links.place(self._name, is_dialled=False)
@@ -259,6 +253,9 @@ class Caller:
                         await self._generate(source.choice(plans), patience)
             except trio.TooSlowError:
                 self._seen.hangs += 1
+                if self._waits is not None:
+                    since, after = self._waits
+                    self._seen.gaps.append(Gap(began_s=since, ended_s=time.monotonic(), after=after))
                 report.progress(f"faults: {self._name} HANGS: nothing for {HANG_S:g} s")
                 await self._end()
             except ChildFailed as error:
@@ -266,7 +263,17 @@ class Caller:
                 report.progress(f"faults: {error}")
                 await self._end()
 
+    async def heard(self) -> None:
+        """Wait until a gap that lasts is over: for the next token, error or hang."""
+        await self._heard.wait()
+
+    def _hear(self) -> None:
+        self._heard.set()
+        self._heard = trio.Event()
+
     async def _end(self) -> None:
+        self._hear()
+        self._waits = None
         child, self._child = self._child, None
         if child is not None:
             await self._children.end(child)
@@ -287,13 +294,17 @@ class Caller:
         found: list[int] = []
         last = (await self._child.line())["began"]
         while True:
+            self._waits = last, len(found)
             line = await self._child.line()
             patience.deadline = trio.current_time() + HANG_S
+            self._hear()
             if "id" not in line:
                 break
-            self._seen.token(Gap(began_s=last, ended_s=line["at"], after=len(found)))
+            self._seen.tokens += 1
+            self._seen.gaps.append(Gap(began_s=last, ended_s=line["at"], after=len(found)))
             last = line["at"]
             found.append(line["id"])
+        self._waits = None
         self._seen.generations += 1
         wrong = unequal(plan.expected, found, is_whole="error" not in line)
         if wrong:
@@ -333,9 +344,12 @@ async def measure(options: argparse.Namespace) -> list[report.Figure]:
         for number, caller in enumerate(callers):
             nursery.start_soon(caller.run, plans, random.Random(f"caller {options.seed} {number}"))
         await weather.blow(per_minute=options.per_minute, minutes=options.minutes, say=say)
+        async with open_service_nursery() as last:  # what is a gap when the storm ends counts in full
+            for caller in callers:
+                last.start_soon(caller.heard)
         nursery.cancel_scope.cancel()
     _tell_worst(storm, seen, began)
-    return figures(storm, seen)
+    return figures(storm, seen, options.minutes)
 
 
 async def _tell(storm: Storm, seen: Seen, began: float) -> None:
@@ -367,14 +381,14 @@ def _tell_worst(storm: Storm, seen: Seen, began: float) -> None:
         )
 
 
-def figures(storm: Storm, seen: Seen) -> list[report.Figure]:
+def figures(storm: Storm, seen: Seen, minutes: float) -> list[report.Figure]:
     found = [gap.seconds for gap in pauses(seen.gaps, storm.faults)]
 
     def count(name: str, value: float, unit: str, *, better: str = "lower", goal: float | None = None) -> report.Figure:
         return report.figure(name, [float(value)], unit, better=better, goal=goal)
 
     return [
-        count("faults", len(storm.faults), "faults", better="higher"),
+        count("faults", len(storm.faults), "faults", better="higher", goal=FAULTS_PER_MINUTE * minutes),
         count("tokens", seen.tokens, "tokens", better="higher"),
         count("generations", seen.generations, "generations", better="higher"),
         count("wrong-tokens", seen.wrong, "tokens", goal=0),
