@@ -75,9 +75,11 @@ def tokens_per_round(ids: Sequence[int], new: Sequence[int]) -> float:
 
 
 def repetitive(alone: Alone, new: int) -> list[int]:
-    """The prompt, of many random ones, whose continuation foretells itself best."""
+    """The prompt whose continuation foretells itself best, of many that are random tokens and what the model has
+    already made of them."""
     source = random.Random("repetitive")
-    found = [noise(source, 16) for _ in range(CANDIDATES)]
+    starts = [noise(source, 16) for _ in range(CANDIDATES)]
+    found = [[*ids, *alone.generate(ids, new)] for ids in starts]
     return max(found, key=lambda ids: tokens_per_round(ids, alone.generate(ids, new)))
 
 
