@@ -104,6 +104,11 @@ def test_the_reader_sees_imports_of_every_form(tmp_path: Path, monkeypatch: pyte
             ["torch", "transformers", "bitsandbytes"],
             "connecting needs no model: these are loaded when one is asked for",
         ),
+        (
+            "client.drafting.model",
+            ["torch", "transformers", "bitsandbytes"],
+            "speculation's cores are bookkeeping; only who drafts with a model loads one",
+        ),
         ("net.host", ["torch", "transformers", "bitsandbytes", "compute", "client"], "a relay has none of them"),
     ],
 )
