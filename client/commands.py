@@ -54,6 +54,12 @@ def add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--seed", type=console.whole(0, 2**63 - 1), metavar="N", help="make sampling repeatable; needs one of the above"
     )
     generate.add_argument("--repetition-penalty", type=_factor, metavar="X", help="above 1: repeat less")
+    generate.add_argument(
+        "--draft",
+        choices=("auto", "off"),
+        default="off",
+        help="auto: send tokens that will probably come before they are asked for, where that pays; same text",
+    )
     console.add_json(generate, "text, ids and figures, at the end,")
     console.add_common(generate)
     generate.set_defaults(run=run_generate)
@@ -148,6 +154,7 @@ def run_generate(options: argparse.Namespace) -> int:
                 output = model.generate(
                     ids,
                     session=session,
+                    draft=None if options.draft == "off" else options.draft,
                     streamer=streamer,
                     attention_mask=torch.ones_like(ids),
                     **how,

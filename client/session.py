@@ -1,75 +1,70 @@
 """A session: one growing batch of sequences on a chain of nodes.
 
-It keeps what it sent, so that a chain can be replaced: when a node fails, the session chooses another
-chain without it, sends its history again in the same pieces, and goes on. The same pieces through the same
-numerics give the same bits. A node that is only lost from sight is found again (``legs.py``).
+It keeps what it sent (``journal.py``), so that nodes can be replaced: what to do about whatever happens is decided
+without I/O (``session_core.py``), and carried out here, on a stream to each node (``legs.py``). The same pieces through
+the same numerics give the same bits. A node that is only lost from sight is found again.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 import trio
 
-from client.errors import InvalidInput, MissingBlocks, SessionFailed, UnknownModel
+from client import session_core as core
+from client.errors import ClientError, InvalidInput, MissingBlocks, UnknownModel
+from client.journal import DECODE_TOKENS, Journal
 from client.legs import FindNodes, Leg
-from client.routing import Hop, choose_chain
+from client.routing import Hop, Measurements, Wishes, choose_chain
+from client.session_core import SessionCore
 from compute.errors import BadInput
 from compute.tensors import from_wire, to_wire
 from net import errors
 from net.host import Host
 from net.identity import PeerId
 from net.protocol import session as wire
-from net.protocol.announcement import NodeAnnouncement
+from net.protocol.announcement import NodeAnnouncement, Numerics
+from net.reputation import Reputation
+from net.rpc import lane
 from net.rpc.framing import MAX_FRAME_BYTES, MAX_HEADER_BYTES, Message, Tensor
 
 logger = logging.getLogger(__name__)
 
-STEP_TIMEOUT_S = 60.0
-WAIT_S = 20.0  # of one step, for nodes that fail, while no others could take their place
-OPENING_WAIT_S = 4.0  # the same, while nothing has been computed that could be lost
-AGAIN_S = 0.5  # before the second try with a node that failed; twice as long before each further one, up to
-MAX_AGAIN_S = 4.0
-LOOK_S = 0.5  # before the next look at who is there
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Failure:
-    """Why a node is avoided, when it may be tried again if nobody else can be, and how long that was put off."""
-
-    reason: str
-    again_at: float
-    delay_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Piece:
-    """What was sent in one step: where it starts, and the hidden states [b, t, d]."""
-
-    position: int
-    hidden: torch.Tensor
-
-    @property
-    def end(self) -> int:
-        return self.position + self.hidden.shape[1]
+CHUNK_TOKENS = 256  # of all rows: nodes compute prompts in such chunks, so pieces of that size lose nothing
 
 
 class Session:
     """See the module. Not for concurrent use; made by ``AsyncSwarm.session``.
 
     Attributes:
-        chain: the hops in use; empty before the first step.
+        max_length: how many tokens it can get; known once there is a chain.
         position: tokens so far. ``rollback`` sets it back.
+        pads: with how many tokens of padding each row begins; set it before the first step.
     """
 
-    def __init__(self, host: Host, find_nodes: FindNodes, *, max_length: int | None = None) -> None:
-        """Raises:
-        TypeError, InvalidInput: ``max_length`` is no whole number, or not above 0.
+    def __init__(
+        self,
+        host: Host,
+        find_nodes: FindNodes,
+        nursery: trio.Nursery,
+        reputation: Reputation,
+        *,
+        max_length: int | None = None,
+    ) -> None:
+        """Begin without a chain.
+
+        Args:
+            host: dials.
+            find_nodes: who serves the model now.
+            nursery: in which the session lives, from its first use until ``aclose``.
+            reputation: what is known of nodes; it learns from what happens here.
+            max_length: tokens to make room for; as many as the nodes allow by default.
+
+        Raises:
+            TypeError, InvalidInput: ``max_length`` is no whole number, or not above 0.
         """
         if isinstance(max_length, bool) or not isinstance(max_length, int | None):
             raise TypeError(f"max_length is a number of tokens, not {type(max_length).__name__}")
@@ -77,37 +72,65 @@ class Session:
             raise InvalidInput(f"max_length is {max_length}: give a number of tokens above 0")
         self._host = host
         self._find_nodes = find_nodes
+        self._parent = nursery
+        self._reputation = reputation
         self._requested_length = max_length
-        self._legs: list[Leg] = []
-        self._failed: dict[PeerId, _Failure] = {}  # until they do a step
-        self._gives_up_at: float | None = None  # set by the first failure in a step
-        self._told = False  # in this step, that nodes are waited for
-        self._history: list[_Piece] = []
-        self.chain: list[Hop] = []
+        self._journal = Journal()
+        self._order: tuple[int, ...] = ()
+        self._core: SessionCore | None = None
+        self._legs: dict[int, Leg] = {}
+        self._nursery: trio.Nursery | None = None
+        self._scope = trio.CancelScope()
+        self._ended = trio.Event()
+        self._timer = trio.CancelScope()
+        self._changed = trio.Event()
+        self._bug: BaseException | None = None
         self.batch: int | None = None
+        self.pads: tuple[int, ...] | None = None
         self.max_length = max_length or 0
         self.position = 0
+
+    @property
+    def chain(self) -> list[Hop]:
+        """The hops in use; empty before the first step."""
+        return [] if self._core is None else [leg.hop for leg in self._core.legs]
 
     async def prepare(self, batch: int) -> None:
         """Open the chain for ``batch`` rows, if that has not been done. ``max_length`` is known afterwards.
 
         Raises:
-            MissingBlocks: no chain.
+            MissingBlocks, UnknownModel: no chain.
             SessionFailed: nodes refuse.
             InvalidInput: the session has another number of rows.
         """
         if self.batch not in (None, batch):
             raise InvalidInput(f"the session has {self.batch} rows, not {batch}; open another with model.session()")
-        self._gives_up_at, self._told = None, False
-        if not self._legs:
-            await self._open_chain(batch)
+        if self._core is not None and self._core.ready:
+            return
+        self.batch = batch
+        try:
+            session = await self._awake()
+            session.want_chain()
+            await self._until(lambda: session.ready)
+        except BaseException:
+            if not self.position:
+                await self.aclose()
+                self.batch = None
+            raise
 
-    async def step(self, hidden: torch.Tensor) -> torch.Tensor:
+    async def step(
+        self, hidden: torch.Tensor, order: Sequence[int] | None = None, *, keep: int | None = None
+    ) -> torch.Tensor:
         """Run all blocks on the next tokens.
+
+        Args:
+            hidden: their hidden states.
+            order: for beam search: row ``i`` goes on from what row ``order[i]`` had.
+            keep: of how many tokens, at the end, results are wanted; of all by default.
 
         Shapes:
             hidden: [b, t, d], fp32
-            returns: [b, t, d]
+            returns: [b, t or keep, d]
 
         Raises:
             InvalidInput: more tokens than the nodes allow, or values that are not finite.
@@ -122,13 +145,58 @@ class Session:
             )
         if not torch.isfinite(hidden).all():
             raise InvalidInput("hidden states that are not finite: the embeddings of this checkpoint are damaged")
-        outputs = []
+        position = self.position
+        try:
+            kept = min(keep or hidden.shape[1], hidden.shape[1])
+            end = await self.begin(hidden, order, keep=kept)
+            return await self.result(end - kept, end)
+        except BaseException:
+            self.stop()
+            self.rollback(position)
+            raise
+
+    async def begin(self, hidden: torch.Tensor, order: Sequence[int] | None = None, *, keep: int | None = None) -> int:
+        """Send the next tokens, whose values and number have been checked, without waiting for what they give.
+
+        Returns:
+            where they end: ``result`` has what they give.
+        """
+        session, position = await self._awake(), self.position
+        if (
+            order is not None
+            and self.pads is not None
+            and any(self.pads[old] != pad for old, pad in zip(order, self.pads, strict=True))
+        ):
+            raise InvalidInput("rows with different padding cannot change places")
+        if order is not None and list(order) != list(range(hidden.shape[0])):
+            self._order = tuple(order)
+            self._journal.reorder(order)
+            session.reordered()
         for part in hidden.split(self._piece_tokens(hidden), dim=1):
-            piece = _Piece(position=self.position, hidden=part.contiguous())
-            outputs.append(await self._survive(piece))
-            self._history.append(piece)
-            self.position = piece.end
-        return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
+            self._journal.add(part.contiguous())
+        self.position = self._journal.end
+        session.want(position if keep is None else self.position - keep)
+        self._go_on()
+        return self.position
+
+    async def result(self, position: int, end: int) -> torch.Tensor:
+        """What tokens ``[position, end)`` gave, once: what lies before ``end`` is forgotten.
+
+        Shapes:
+            returns: [b, end - position, d]
+
+        Raises: as ``step``; the session is then as it was before these tokens only after ``rollback``.
+        """
+        session = await self._awake()
+        await self._until(lambda: session.has(position, end))
+        found = _gathered(session.outputs, position, end)
+        session.took(end)
+        return found
+
+    def stop(self) -> None:
+        """Wait for nothing any more."""
+        if self._core is not None:
+            self._core.stop()
 
     def rollback(self, position: int) -> None:
         """Forget all tokens from ``position`` on.
@@ -138,183 +206,305 @@ class Session:
         """
         if not 0 <= position <= self.position:
             raise InvalidInput(f"cannot go back to {position}: the session has {self.position} tokens")
-        kept = []
-        for piece in self._history:
-            if piece.end <= position:
-                kept.append(piece)
-            elif piece.position < position:
-                kept.append(_Piece(position=piece.position, hidden=piece.hidden[:, : position - piece.position]))
-        self._history = kept
+        self._journal.cut(position)
+        if self._core is not None:
+            self._core.cut(position)
         self.position = position
 
     async def aclose(self) -> None:
-        """Free the session on its nodes."""
-        legs, self._legs = self._legs, []
-        for leg in legs:
-            await leg.aclose()
-
-    # The chain
-
-    async def _open_chain(self, batch: int) -> None:
-        """Choose a chain, open the session on each of its nodes and send them the history.
-
-        Another chain is tried when a node fails.
-        """
-        while True:
-            chain = await self._choose()
-            longest = min(wire.MAX_LENGTH, *(hop.node.max_length for hop in chain))
-            self.max_length = min(longest, self._requested_length or longest)
-            try:
-                await self._open_hops(chain, batch)
-                for earlier in self._history:
-                    await self._through_chain(earlier)
-            except errors.PeerFailed as error:
-                logger.info("no chain: %s", error)
-                await self._give_up_on(error)
-                continue
-            except BaseException:  # refused or cancelled half-way: half a chain must not be taken for one
-                with trio.CancelScope(shield=True):
-                    await self.aclose()
-                raise
-            self.chain, self.batch = chain, batch
+        """Free the session on its nodes. What it has computed can be computed again by the next step."""
+        if self._core is None:
             return
+        session, self._core = self._core, None
+        session.close()
+        self._legs.clear()
+        self._scope.cancel()
+        await self._ended.wait()
 
-    async def _choose(self) -> list[Hop]:
-        """A chain without the nodes that failed. While there is none, those are tried again, less and less often: they
-        may have ended the session because it was idle, or come back.
+    def start_soon(self, function: Callable[..., Awaitable[object]], *args: object) -> None:
+        """Run a task for as long as the session is open.
 
         Raises:
-            MissingBlocks, UnknownModel, NetError: there is no chain, and has been none for ``WAIT_S``; at once where
-                no node has failed.
-            SessionFailed: one node after another has failed for so long.
+            ClientError: it is not.
         """
-        while True:
-            try:
-                return self._choose_from(await self._find_nodes())
-            except (MissingBlocks, UnknownModel, errors.NetError) as error:
-                if not self._failed or self._out_of_patience():
-                    raise
-                if not self._told:
-                    logger.warning("waiting for nodes: %s", error)
-                self._told = True
-            await trio.sleep(LOOK_S)
+        if self._nursery is None or self._core is None:
+            raise ClientError("the session is not open")
+        self._nursery.start_soon(function, *args)
 
-    def _choose_from(self, nodes: list[NodeAnnouncement]) -> list[Hop]:
+    # The session's own task
+
+    async def _awake(self) -> SessionCore:
+        """The core, with a task that looks after it."""
+        if self._core is None:
+            self._core = SessionCore(self._journal, self._choose)
+            self._scope, self._ended, self._bug = trio.CancelScope(), trio.Event(), None
+            self._nursery = await self._parent.start(self._run)
+        return self._core
+
+    async def _run(self, *, task_status: trio.TaskStatus[trio.Nursery]) -> None:
         try:
-            chain = choose_chain(nodes, avoid={peer: failure.reason for peer, failure in self._failed.items()})
-        except MissingBlocks:
-            if self._out_of_patience():
-                raise
-            now = trio.current_time()
-            not_yet = {peer: failure.reason for peer, failure in self._failed.items() if failure.again_at > now}
-            return choose_chain(nodes, avoid=not_yet)
-        if self._out_of_patience():
-            last = next(reversed(self._failed.values())).reason
-            raise SessionFailed(
-                f"nodes failed one after another for {self._patience_s:g} s, the last one for: {last}; the swarm may "
-                f"be overloaded: try again later"
-            )
-        return chain
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._keep_time)
+                    task_status.started(nursery)
+        except Exception as error:  # noqa: BLE001  # raised by who waits: the swarm has other sessions
+            self._bug = error
+        finally:
+            self._ended.set()
+            self._changed.set()
 
-    @property
-    def _patience_s(self) -> float:
-        return WAIT_S if self._history else OPENING_WAIT_S
-
-    def _out_of_patience(self) -> bool:
-        """Whether nodes have failed for too long in this step. Its first failure starts the clock."""
-        if not self._failed:
-            return False
-        if self._gives_up_at is None:
-            self._gives_up_at = trio.current_time() + self._patience_s
-        return trio.current_time() >= self._gives_up_at
-
-    async def _open_hops(self, chain: list[Hop], batch: int) -> None:
-        self._legs = [Leg(self._host, hop, self._find_nodes) for hop in chain]
-        async with _open_legs_nursery() as nursery:
-            for leg in self._legs:
-                nursery.start_soon(partial(leg.open, batch=batch, max_length=self.max_length))
-
-    async def _give_up_on(self, error: errors.PeerFailed) -> None:
-        if isinstance(error.peer_id, PeerId):
-            before = self._failed.pop(error.peer_id, None)
-            delay_s = 0.0 if before is None else min(max(AGAIN_S, 2 * before.delay_s), MAX_AGAIN_S)
-            self._failed[error.peer_id] = _Failure(
-                reason=error.reason, again_at=trio.current_time() + delay_s, delay_s=delay_s
-            )
-        await self.aclose()
-
-    # Steps
-
-    async def _survive(self, piece: _Piece) -> torch.Tensor:
-        """One piece through the chain; through another one when a node fails."""
+    async def _keep_time(self) -> None:
         while True:
+            with trio.CancelScope(deadline=self._timer.deadline) as self._timer:
+                await trio.sleep_forever()
+            self._go_on()
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        """Go on until something is so.
+
+        Raises:
+            ClientError, NetError: it cannot be.
+        """
+        session = self._core
+        while session is not None:
+            self._go_on()
+            if self._bug is not None:
+                raise self._bug
+            if condition():
+                return
+            if session.error is not None:
+                raise session.error
+            self._changed = trio.Event()
+            await self._changed.wait()
+            if self._core is not session:
+                raise ClientError("the session was closed meanwhile")
+
+    # What the core wants
+
+    def _go_on(self) -> None:
+        """Carry out what follows from what has happened."""
+        session, nursery = self._core, self._nursery
+        if session is None or nursery is None:
+            return
+        now = trio.current_time()
+        for action in session.advance(now):
+            self._carry_out(action, nursery)
+        for peer_id, reason in session.failures:
+            self._reputation.failed(peer_id, reason)
+        for peer_id in session.successes:
+            self._reputation.succeeded(peer_id)
+        session.failures.clear()
+        session.successes.clear()
+        for report in session.reports:
+            logger.warning("%s", report)
+        session.reports.clear()
+        for leg in self._legs.values():
+            leg.set_idle(not session.busy)
+        self._timer.deadline = session.wakes_at(now)
+        if session.ready:
+            longest = min(wire.MAX_LENGTH, *(leg.hop.node.max_length for leg in session.legs))
+            self.max_length = min(longest, self._requested_length or longest)
+            # Where a row's bits depend on what is computed beside it, only the same steps give the same bits again.
+            backend = session.legs[0].hop.node.numerics.backend
+            self._journal.merge = not backend.endswith("-mixing")
+        self._changed.set()
+
+    def _carry_out(self, action: core.Action, nursery: trio.Nursery) -> None:
+        match action:
+            case core.FindNodes(fresh=fresh):
+                nursery.start_soon(self._find, fresh)
+            case core.Open(leg=key, hop=hop):
+                leg = self._legs[key] = Leg(key, hop, self._host, self._find_nodes, self)
+                nursery.start_soon(leg.run, self._request(hop))
+            case core.Close(leg=key):
+                self._legs.pop(key).end()
+            case core.Link(leg=key, following=following):
+                self._legs[key].link(self._legs[following])
+            case core.Ask(leg=key, run=run):
+                self._legs[key].ask_where(run)
+            case core.Send():
+                self._send(action)
+            case core.Resend():
+                fields = self._fields(action)
+                self._legs[action.leg].send(Message(header={**fields, "m": "resend", "end": action.end}))
+
+    def _send(self, action: core.Send) -> None:
+        hidden = action.payload
+        if hidden is None:
+            hidden = self._journal.get(action.position, action.end)
+        dtype, shape, data = to_wire(hidden)
+        message = Message(
+            header={**self._fields(action), "m": "step"}, tensors=[Tensor(dtype=dtype, shape=shape, data=data)]
+        )
+        self._legs[action.leg].send(message)
+
+    def _fields(self, action: core.Send | core.Resend) -> Mapping[str, object]:
+        return wire.Step(
+            id=action.run,
+            position=action.position,
+            push=action.push,
+            keep=action.keep,
+            order=self._order if action.with_order else None,
+        ).to_fields()
+
+    def _request(self, hop: Hop) -> wire.Open:
+        longest = min(wire.MAX_LENGTH, hop.node.max_length)
+        return wire.Open(
+            digest=hop.node.digest,
+            start=hop.start,
+            end=hop.end,
+            batch=self.batch or 1,
+            max_length=min(longest, self._requested_length or longest),
+            pads=self.pads,
+        )
+
+    async def _find(self, fresh: bool) -> None:
+        session = self._core
+        try:
+            nodes = await self._find_nodes(fresh=fresh)
+        except (MissingBlocks, UnknownModel, errors.NetError) as error:
+            found: list[NodeAnnouncement] | ClientError | errors.NetError = error
+        else:
+            found = [node for node in nodes if node.max_length > self._journal.end] or nodes
+        if session is None or session is not self._core:
+            return
+        if isinstance(found, list):
+            session.nodes_found(found, trio.current_time())
+        else:
+            session.nodes_missing(found, trio.current_time())
+        self._go_on()
+
+    def _choose(
+        self,
+        nodes: Sequence[NodeAnnouncement],
+        start: int,
+        end: int,
+        *,
+        avoid: Mapping[PeerId, str],
+        numerics: Numerics | None,
+        before: NodeAnnouncement | None,
+        after: NodeAnnouncement | None,
+    ) -> list[Hop]:
+        """The best hops there are, of nodes that have not failed others lately if there are enough of these."""
+        wishes = Wishes(start=start, end=end, numerics=numerics, before=before, after=after)
+        peers = [node.peer_id for node in nodes]
+        measured = Measurements(failure_chance={peer: self._reputation.failure_chance(peer) for peer in peers})
+        if avoided := self._reputation.avoided():
+            with suppress(MissingBlocks):
+                return choose_chain(nodes, avoid={**avoided, **avoid}, wishes=wishes, measured=measured)
+        return choose_chain(nodes, avoid=avoid, wishes=wishes, measured=measured)
+
+    # What happens to legs
+
+    @contextmanager
+    def _event(self, leg: Leg) -> Iterator[SessionCore | None]:
+        """The core, if the leg is one of its own still; what follows is carried out."""
+        is_ours = self._legs.get(leg.key) is leg
+        yield self._core if is_ours else None
+        if is_ours:
+            self._go_on()
+
+    def leg_opened(self, leg: Leg) -> None:
+        with self._event(leg) as session:
+            if session is not None:
+                session.opened(leg.key, trio.current_time())
+
+    def leg_failed(self, leg: Leg, error: errors.PeerFailed) -> None:
+        with self._event(leg) as session:
+            if session is not None:
+                session.failed(leg.key, error.reason, trio.current_time())
+
+    def leg_refused(self, leg: Leg, error: InvalidInput) -> None:
+        with self._event(leg) as session:
+            if session is not None:
+                session.forbidden(leg.key, error)
+
+    def leg_lost(self, leg: Leg) -> None:
+        with self._event(leg) as session:
+            if session is not None:
+                session.lost(leg.key)
+
+    def leg_interrupted(self, leg: Leg) -> None:
+        with self._event(leg) as session:
+            if session is not None:
+                session.interrupted(leg.key, trio.current_time())
+
+    def leg_leaving(self, leg: Leg, seconds: float) -> None:
+        with self._event(leg) as session:
+            if session is not None and seconds > 0:
+                session.leaving(leg.key, trio.current_time())
+            elif session is not None:
+                session.failed(leg.key, "serves the session no longer", trio.current_time(), blame=False)
+
+    def leg_answered(self, leg: Leg, number: int, message: Message) -> None:
+        with self._event(leg) as session:
+            if session is None:
+                return
+            now = trio.current_time()
+            if "e" in message.header:
+                refused = lane.read_refusal(message.header)
+                session.refused(
+                    leg.key, number, refused.code, refused.message, now, retry_after_s=refused.retry_after_s
+                )
+                return
+            unpushed = message.header.get("unpushed") is True
+            tokens = session.expected(number, unpushed=unpushed)
+            if tokens is None:
+                return
             try:
-                if not self._legs:
-                    await self._open_chain(piece.hidden.shape[0])
-                hidden = await self._attended(piece)
-            except errors.PeerFailed as error:
-                logger.warning("replacing a node: %s", error)
-                await self._give_up_on(error)
-                continue
-            except BaseException:  # refused or cancelled half-way: the hops may be at different positions
-                with trio.CancelScope(shield=True):
-                    await self.aclose()
-                raise
-            for hop in self.chain:
-                self._failed.pop(hop.node.peer_id, None)
-            return hidden
+                hidden = self._read_hidden(message, tokens)
+            except errors.RemoteProtocolError as error:
+                session.failed(leg.key, f"answered a step with {error}", now)
+            else:
+                session.answered(leg.key, number, hidden, now, unpushed=unpushed)
 
-    async def _attended(self, piece: _Piece) -> torch.Tensor:
-        """The same, while somebody watches over all nodes: those that are not at work may be lost meanwhile."""
-        async with _open_legs_nursery() as nursery:
-            for leg in self._legs:
-                nursery.start_soon(leg.keep)
-            hidden = await self._through_chain(piece)
-            nursery.cancel_scope.cancel()
-        return hidden
+    def leg_linked(self, leg: Leg, following: int, error: errors.RpcError | None) -> None:
+        with self._event(leg) as session:
+            if session is not None and error is None:
+                session.linked(leg.key, following, trio.current_time())
+            elif session is not None:
+                logger.info("%s hands nothing on: %s", leg.hop.node.peer_id, error)
+                session.not_linked(leg.key, trio.current_time())
 
-    async def _through_chain(self, piece: _Piece) -> torch.Tensor:
-        hidden = piece.hidden
-        for leg in self._legs:
-            dtype, shape, data = to_wire(hidden)
-            message = Message(
-                header={"position": piece.position}, tensors=[Tensor(dtype=dtype, shape=shape, data=data)]
-            )
-            answer = await leg.call("step", message, STEP_TIMEOUT_S)
-            hidden = self._read_hidden(leg.hop.node.peer_id, answer, piece.hidden)
-        return hidden
+    def leg_placed(self, leg: Leg, number: int, state: str) -> None:
+        with self._event(leg) as session:
+            if session is not None:
+                session.placed(leg.key, number, state, trio.current_time())
 
-    def _read_hidden(self, peer_id: PeerId, answer: Message, sent: torch.Tensor) -> torch.Tensor:
-        """Never believe a node: shape, dtype and finiteness of what it returns."""
-        if len(answer.tensors) != 1 or answer.tensors[0].shape != tuple(sent.shape):
-            raise errors.PeerFailed(peer_id, "answered a step with another shape")
-        tensor = answer.tensors[0]
+    def _read_hidden(self, message: Message, tokens: int) -> torch.Tensor | None:
+        """Never believe a node: shape, dtype and finiteness of what it returns.
+
+        Raises:
+            RemoteProtocolError: they are not what they should be.
+        """
+        if not message.tensors:
+            return None
+        if len(message.tensors) != 1:
+            raise errors.RemoteProtocolError(f"{len(message.tensors)} tensors")
+        tensor, sent = message.tensors[0], self._journal.get(0, 1)
+        if tensor.shape != (sent.shape[0], tokens, sent.shape[2]):
+            raise errors.RemoteProtocolError("another shape")
         try:
             hidden = from_wire(tensor.dtype, tensor.shape, tensor.data)
         except BadInput as error:
-            raise errors.PeerFailed(peer_id, f"answered a step with {error}") from error
+            raise errors.RemoteProtocolError(str(error)) from error
         if hidden.dtype != sent.dtype or not torch.isfinite(hidden).all():
-            raise errors.PeerFailed(peer_id, "answered a step with values that are not finite or of another type")
+            raise errors.RemoteProtocolError("values that are not finite or of another type")
         return hidden
 
     def _piece_tokens(self, hidden: torch.Tensor) -> int:
-        """How many tokens fit into one message."""
-        bytes_per_token = hidden.shape[0] * hidden.shape[2] * hidden.element_size()
-        return max(1, (MAX_FRAME_BYTES - MAX_HEADER_BYTES) // bytes_per_token)
+        """How many tokens are sent in one message: a chunk of a prompt, if that fits."""
+        rows, tokens, width = hidden.shape
+        fitting = max(1, (MAX_FRAME_BYTES - MAX_HEADER_BYTES) // (rows * width * hidden.element_size()))
+        return min(fitting, tokens if rows * tokens <= DECODE_TOKENS else max(1, CHUNK_TOKENS // rows))
 
 
-@asynccontextmanager
-async def _open_legs_nursery() -> AsyncIterator[trio.Nursery]:
-    """A nursery of tasks that each look after a node.
-
-    Raises: what is no node's failure, if there is such a thing, or one of their failures.
-    """
-    try:
-        async with trio.open_nursery() as nursery:
-            yield nursery
-    except BaseExceptionGroup as group:
-        failures, others = group.split(errors.PeerFailed)
-        found: BaseException | None = others or failures
-        while isinstance(found, BaseExceptionGroup):
-            found = found.exceptions[0]
-        raise (found or group) from (found and found.__cause__)
+def _gathered(outputs: Mapping[int, tuple[int, torch.Tensor]], position: int, end: int) -> torch.Tensor:
+    """The results of tokens ``[position, end)`` out of pieces that may overlap: [b, end - position, d]."""
+    parts = []
+    for start in sorted(outputs):
+        stop, hidden = outputs[start]
+        if start <= position < stop:
+            parts.append(hidden[:, position - start : end - start])
+            position = stop
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from client.directory import Directory
 from client.errors import InvalidInput, UnknownModel
 from client.routing import runs_without
 from net import addresses, errors
@@ -23,6 +24,7 @@ from net.nurseries import open_service_nursery
 from net.ping import ping_once
 from net.presence import run_presence
 from net.protocol.announcement import DIRECTORY, KIND, NodeAnnouncement, read_all
+from net.reputation import Reputation
 from net.security.swarm_key import SwarmKey
 
 if TYPE_CHECKING:
@@ -75,13 +77,30 @@ class Peer:
 class AsyncSwarm:
     """Made by ``open_swarm``; all methods belong to its event loop."""
 
-    def __init__(self, host: Host, dht: Dht) -> None:
+    def __init__(self, host: Host, dht: Dht, nursery: trio.Nursery) -> None:
+        """Take what is running.
+
+        Args:
+            host: dials.
+            dht: finds.
+            nursery: in which sessions live.
+        """
         self.host = host
+        self.reputation = Reputation(None, trio.current_time)
+        self._nursery = nursery
+        self._directory = Directory(self._look_up, nursery)
         self._dht = dht
         self._token = trio.lowlevel.current_trio_token()
 
-    async def nodes(self) -> list[NodeAnnouncement]:
-        """What all nodes announce that serve now."""
+    async def nodes(self, *, fresh: bool = True) -> list[NodeAnnouncement]:
+        """What all nodes announce that serve now.
+
+        Args:
+            fresh: false where what was found in the last minute will do, and must not be waited for.
+        """
+        return await self._directory.nodes(fresh=fresh)
+
+    async def _look_up(self) -> list[NodeAnnouncement]:
         records = await self._dht.find(keys.of_name(DIRECTORY), KIND)
         return [node for node in read_all(records) if node.state == "online"]
 
@@ -125,8 +144,8 @@ class AsyncSwarm:
         """
         from client.session import Session
 
-        async def find() -> list[NodeAnnouncement]:
-            nodes = [n for n in await self.nodes() if (n.digest, n.blocks) == (model.digest, model.n_blocks)]
+        async def find(*, fresh: bool = True) -> list[NodeAnnouncement]:
+            nodes = [n for n in await self.nodes(fresh=fresh) if (n.digest, n.blocks) == (model.digest, model.n_blocks)]
             if not nodes:
                 raise UnknownModel(
                     f"nobody serves {model.name} any more; start nodes with: raceme serve {model.name} --bootstrap ADDR"
@@ -139,7 +158,7 @@ class AsyncSwarm:
                 )
             return accepted
 
-        return Session(self.host, find, max_length=max_length)
+        return Session(self.host, find, self._nursery, self.reputation, max_length=max_length)
 
     async def model(self, name: str) -> DistributedBloomForCausalLM:
         """A model of the swarm. Its methods block: call them with ``trio.to_thread.run_sync``.
@@ -188,7 +207,7 @@ async def open_swarm(
             raise errors.DialError(f"no node of the swarm answered within {timeout_s:g} s at {', '.join(texts)}")
         await nursery.start(dht.run)
         await nursery.start(partial(run_presence, host, dht, bootstrap=peers, is_server=False))
-        yield AsyncSwarm(host, dht)
+        yield AsyncSwarm(host, dht, nursery)
         nursery.cancel_scope.cancel()
 
 

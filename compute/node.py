@@ -35,7 +35,8 @@ from compute.neighbours import Neighbours, Waiting
 from compute.node_settings import NodeSettings
 from compute.placement import better_span, choose_span, coverage, keeps_move
 from compute.probe import probe
-from compute.serving import Held, NodeSession, Serving
+from compute.serving import Held, Serving
+from compute.talking import ClientTalk, serve_pushes
 from compute.worth import Worth
 from net.dht import keys
 from net.dht.service import Dht
@@ -112,26 +113,55 @@ class Node:
 
         Raises:
             CheckpointError: the span cannot be loaded.
-        Cancellation: withdraws the announcement (at most two seconds), then frees everything.
+        Cancellation: withdraws the announcement (at most two seconds), lets sessions go elsewhere (``leave_s``), then
+            frees everything.
         """
         try:
-            async with open_service_nursery() as nursery:
-                await self._come_up(nursery, progress)
-                if self.metrics is not None:
-                    self.metrics.read_from(lambda: total(serving.engine.stats for serving in self._servings))
-                serve_perf(self._host)
-                self._host.handle(wire.PROTOCOL_ID, self._serve)
-                self.announcement = self._offer_loaded(self.engine)
-                await self._announce()
-                task_status.started(self.announcement)
-                nursery.start_soon(self._worth.watch, self._current_engine, self._announce_speed)
-                nursery.start_soon(self._neighbours.watch, self._dht.renew)
-                nursery.start_soon(self._waiting.watch)
-                if self._settings.span is None and self._length < self._checkpoint.n_blocks:
-                    nursery.start_soon(self._look_around, nursery)
+            async with open_service_nursery() as outer:
+                scope = trio.CancelScope()
+                outer.start_soon(self._hold, scope)
+                with scope:
+                    await self._serve_until_cancelled(scope, progress, task_status)
+                outer.cancel_scope.cancel()
         finally:
             with trio.move_on_after(2, shield=True):
                 await self._dht.withdraw()
+
+    async def _serve_until_cancelled(
+        self,
+        scope: trio.CancelScope,
+        progress: Callable[[int, int], None] | None,
+        task_status: trio.TaskStatus[NodeAnnouncement],
+    ) -> None:
+        async with open_service_nursery() as nursery:
+            await self._come_up(nursery, progress)
+            if self.metrics is not None:
+                self.metrics.read_from(lambda: total(serving.engine.stats for serving in self._servings))
+            serve_perf(self._host)
+            self._host.handle(wire.PROTOCOL_ID, self._serve)
+            self._host.handle(wire.PUSH_PROTOCOL_ID, self._serve_pushes)
+            self.announcement = self._offer_loaded(self.engine)
+            await self._announce()
+            scope.shield = True  # from now on there may be sessions
+            task_status.started(self.announcement)
+            nursery.start_soon(self._worth.watch, self._current_engine, self._announce_speed)
+            nursery.start_soon(self._neighbours.watch, self._dht.renew)
+            nursery.start_soon(self._waiting.watch)
+            if self._settings.span is None and self._length < self._checkpoint.n_blocks:
+                nursery.start_soon(self._look_around, nursery)
+
+    async def _hold(self, scope: trio.CancelScope) -> None:
+        """When the node is cancelled, give sessions the time to go elsewhere before what serves them is."""
+        try:
+            await trio.sleep_forever()
+        finally:
+            if scope.shield and any(serving.held for serving in self._servings) and self._settings.leave_s:
+                with trio.move_on_after(self._settings.leave_s + 2, shield=True):
+                    await self._dht.withdraw()
+                    async with trio.open_nursery() as nursery:
+                        for serving in self._servings:
+                            nursery.start_soon(serving.drain, self._settings.leave_s)
+            scope.cancel()
 
     @property
     def _servings(self) -> list[Serving]:
@@ -492,7 +522,10 @@ class Node:
     # What we answer
 
     async def _serve(self, connection: Connection, stream: Stream) -> None:
-        await NodeSession(self, connection.peer_id, self.metrics).serve(stream)
+        await ClientTalk(self, self._host, connection.peer_id, stream).serve()
+
+    async def _serve_pushes(self, _: Connection, stream: Stream) -> None:
+        await serve_pushes(stream, self)
 
     def serving_for(self, request: wire.Open) -> Serving:
         """Who opens a session that is asked for.
@@ -515,6 +548,11 @@ class Node:
     def find_held(self, token: bytes) -> Held | None:
         """A session that a stream holds, or held a moment ago; ``None`` if it has ended."""
         return next((serving.held[token] for serving in self._servings if token in serving.held), None)
+
+    def find_pushed(self, push_token: bytes) -> Held | None:
+        """The session that who has this token may hand steps on to."""
+        found = (serving.find_pushed(push_token) for serving in self._servings)
+        return next((held for held in found if held is not None), None)
 
 
 def _fits_beside(old: Serving, target: tuple[int, int]) -> bool:

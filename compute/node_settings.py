@@ -28,6 +28,7 @@ class NodeSettings:
         look_s: between looks whether the swarm lacks other blocks more.
         stay_s: how long to stay after a move, or the attempt, unless nobody serves some block.
         drain_s: how long sessions may go on with blocks that the node has moved away from.
+        leave_s: how long sessions have to go elsewhere when the node ends.
         measure_line: whether to find out what our line carries.
     """
 
@@ -41,5 +42,6 @@ class NodeSettings:
     look_s: float = 60.0
     stay_s: float = 600.0
     drain_s: float = 120.0
+    leave_s: float = 3.0
     measure_line: bool = True
     engine: EngineSettings = field(default_factory=EngineSettings)

@@ -1,33 +1,64 @@
-"""Sessions of one loaded span: the streams that hold them, and what waits for its client to come back.
+"""Sessions of one loaded span: who asks for steps, who gets the results, and what waits for its client to come back.
 
-A node that moves has two of these for a while: the new one, and the one that its sessions still hold.
+A node that moves has two of these for a while: the new one, and the one that its sessions still hold. A session's
+steps come from its client (``compute/talking.py``) and, handed on, from the node before it; a task of its own does
+them in the order of their numbers and hands the results on, or answers.
 """
 
 from __future__ import annotations
 
+import logging
 import secrets
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
 import trio
+from torch import Tensor
 
 from compute.bloom import BloomSpan
 from compute.engine import Engine, EngineSettings
 from compute.errors import EngineError, EngineStopped, Later
 from compute.metrics import Metrics
+from compute.outbox import Outbox, OutboxBudget
+from compute.pushing import PushLink
 from compute.tensors import from_wire, to_wire
-from net.errors import RpcError
+from net.errors import NetError, RemoteProtocolError, RpcError
 from net.identity import PeerId
-from net.mux.base import Stream
 from net.nurseries import open_service_nursery
 from net.protocol import session as wire
-from net.rpc import lane
-from net.rpc.framing import Message, Tensor
+from net.rpc import framing, lane
+from net.rpc.framing import Message
 
-SESSION_IDLE_S: Final = 600.0  # a session nobody uses
+__all__ = ["Ask", "Held", "Holder", "Serving"]
+
+logger = logging.getLogger(__name__)
+
 MAX_LEFT_PER_PEER: Final = 4  # sessions that wait to be resumed
+
+
+class Holder(Protocol):
+    """The stream that a session belongs to, towards its client."""
+
+    async def send(self, message: Message) -> None:
+        """Tell the client; a stream that is gone is no error."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ask:
+    """A step to do, or the results of earlier ones to hand on again.
+
+    Attributes:
+        step: Where, and what becomes of the result.
+        tensors: The hidden states as they came; not looked at yet.
+        end: Of what is to be handed on again; ``None`` for a step.
+    """
+
+    step: wire.Step
+    tensors: tuple[framing.Tensor, ...] = ()
+    end: int | None = None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -37,14 +68,124 @@ class Held:
     Attributes:
         serving: Whose; ``None`` once it is over, for whoever has an idle stream must not hold a span in memory.
         holder: The stream that it belongs to; ``None`` while it waits to be resumed.
+        push_token: Who knows it may hand steps on to this session.
+        link: The next node, if the client has named one that we have reached.
+        seen: The highest number of a step that was begun.
+        recent: The numbers of what has ended, the last ones.
     """
 
     serving: Serving | None
     session_id: int
     peer_id: PeerId
     token: bytes
-    holder: NodeSession | None
+    push_token: bytes
+    outbox: Outbox
+    holder: Holder | None
+    link: PushLink | None = None
     left_at: float = 0.0
+    seen: int = 0
+    recent: deque[int] = field(default_factory=lambda: deque(maxlen=4 * wire.MAX_AHEAD))
+    running: int = 0
+    waiting: set[int] = field(default_factory=set)
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+    def __post_init__(self) -> None:
+        self._inbox, self._outlet = trio.open_memory_channel[Ask](wire.MAX_AHEAD)
+
+    async def ask(self, ask: Ask) -> None:
+        """Have it done after what waits already; too much of that is waited for.
+
+        Raises:
+            RpcError: ``no-session``: it is over.
+        """
+        self.waiting.add(ask.step.id)
+        try:
+            await self._inbox.send(ask)
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise session_over() from error
+
+    def where(self, number: int) -> str:
+        """How far a step has come: ``unseen``, ``waiting``, ``running`` or ``done``."""
+        if number in self.waiting:
+            return "waiting"
+        if number == self.running:
+            return "running"
+        return "done" if number in self.recent else "unseen"
+
+    async def answer(self, message: Message) -> None:
+        """Tell the client; if it is not there, it will ask again."""
+        if self.holder is not None:
+            await self.holder.send(message)
+
+    async def work(self) -> None:
+        """Do what is asked for, one after another, until the session is over."""
+        with self.scope, self._outlet:
+            async for ask in self._outlet:
+                self.waiting.discard(ask.step.id)
+                serving = self.serving
+                if serving is None:
+                    return
+                if ask.end is None:
+                    if ask.step.id <= self.seen:
+                        continue  # the client has done without it
+                    self.seen = ask.step.id
+                self.running = ask.step.id
+                refusal = await self._try(ask, serving)
+                if refusal is not None:
+                    await self.answer(Message(header={**lane.refusal(refusal), "id": ask.step.id}))
+                self.running = 0
+                self.recent.append(ask.step.id)
+
+    async def _try(self, ask: Ask, serving: Serving) -> RpcError | None:
+        """What the client is told if it goes wrong."""
+        try:
+            await self._do(ask, serving)
+        except RpcError as error:
+            return error
+        except RemoteProtocolError as error:
+            return RpcError("bad-input", str(error))
+        except Exception:
+            logger.exception("a step failed for %s", self.peer_id)
+            return RpcError("internal", "the node failed at this step; its log says why")
+        return None
+
+    async def _do(self, ask: Ask, serving: Serving) -> None:
+        step = ask.step
+        if ask.end is None:
+            if len(ask.tensors) != 1:
+                raise RpcError("bad-input", f"a step carries one tensor, not {len(ask.tensors)}")
+            with refusals(serving.metrics):
+                tensor = ask.tensors[0]
+                hidden = from_wire(tensor.dtype, tensor.shape, tensor.data)
+                result = await serving.engine.step(self.session_id, hidden, step.position, step.order)
+            self.outbox.add(step.position, result, step.order)
+        else:
+            kept = self.outbox.get(step.position, ask.end)
+            if kept is None:
+                raise RpcError("no-history", "what these steps gave has not been kept here")
+            result = kept
+        await self._deliver(step, result)
+
+    async def _deliver(self, step: wire.Step, result: Tensor) -> None:
+        """Hand a result on, or tell the client."""
+        unpushed = False
+        if step.push:
+            link = self.link
+            if link is not None and not link.is_over:
+                following = replace(step, push=step.push - 1)
+                try:
+                    await link.send(Message(header=following.to_fields(), tensors=[_tensor(result)]))
+                    return
+                except NetError as error:
+                    logger.info("cannot hand on to %s: %s", link.peer_id, error)
+            self.link = None
+            unpushed = True
+        header: dict[str, object] = {"id": step.id}
+        if unpushed:
+            header["unpushed"] = True
+        if not unpushed:
+            result = result[:, max(0, result.shape[1] - step.keep) :]
+        await self.answer(Message(header=header, tensors=[_tensor(result)] if result.shape[1] else ()))
 
 
 class Serving:
@@ -69,11 +210,14 @@ class Serving:
         self.engine = Engine(span, settings, metrics)
         self.metrics = metrics
         self.held: dict[bytes, Held] = {}
+        self._by_push_token: dict[bytes, Held] = {}
+        self._outboxes = OutboxBudget()
         self._resume_s = resume_s
         self._empty = trio.Event()
         self._scope = trio.CancelScope()
         self._closed = False  # no session is opened any more
         self._ended = trio.Event()
+        self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run the engine until cancelled or stopped."""
@@ -82,43 +226,80 @@ class Serving:
                 async with open_service_nursery() as nursery:
                     await nursery.start(self.engine.run)
                     nursery.start_soon(self._sweep)
+                    self._nursery = nursery
                     task_status.started()
                     await trio.sleep_forever()
         finally:
+            self._nursery = None
             self._ended.set()
 
     async def drain(self, patience_s: float) -> None:
-        """Open none any more, wait for the sessions to end, at most so long, free those that are left, and stop.
+        """Open none any more, tell the sessions, wait for them to end, at most so long, free those that are left, and
+        stop.
 
         Returns when the engine's thread has ended.
 
         Cancellation: what is left goes on.
         """
         self._closed = True
-        if self.held:
+        if self.held and patience_s:
             self._empty = trio.Event()
             with trio.move_on_after(patience_s):
+                await self.tell(Message(header={"leaving": patience_s}))
                 await self._empty.wait()
         await self.free_all()
         self._scope.cancel()
         await self._ended.wait()
 
-    async def open(self, request: wire.Open, peer_id: PeerId, holder: NodeSession) -> Held:
+    async def tell(self, message: Message) -> None:
+        """Say something to the clients of all sessions."""
+        async with trio.open_nursery() as nursery:
+            for held in self.held.values():
+                nursery.start_soon(held.answer, message)
+
+    def start_soon(self, function: Callable[..., object], *args: object) -> None:
+        """Run a task for as long as the engine runs.
+
+        Raises:
+            RpcError: it does not.
+        """
+        if self._nursery is None:
+            raise RpcError("busy", "the node serves other blocks now")
+        self._nursery.start_soon(function, *args)  # type: ignore[arg-type]
+
+    async def open(self, request: wire.Open, peer_id: PeerId, holder: Holder) -> Held:
         """Open a session for a stream.
 
         Raises:
             EngineError: as ``Engine.open_session``; also when :meth:`drain` has begun.
         """
         session_id = await self.engine.open_session(
-            batch=request.batch, max_length=request.max_length, start=request.start, end=request.end, peer=peer_id
+            batch=request.batch,
+            max_length=request.max_length,
+            start=request.start,
+            end=request.end,
+            peer=peer_id,
+            pads=request.pads,
         )
         if self._closed:
             await self.engine.close_session(session_id)
             raise EngineStopped("the node serves other blocks now")
-        token = secrets.token_bytes(wire.TOKEN_BYTES)
-        held = Held(serving=self, session_id=session_id, peer_id=peer_id, token=token, holder=holder)
-        self.held[token] = held
+        held = Held(
+            serving=self,
+            session_id=session_id,
+            peer_id=peer_id,
+            token=secrets.token_bytes(wire.TOKEN_BYTES),
+            push_token=secrets.token_bytes(wire.TOKEN_BYTES),
+            outbox=Outbox(self._outboxes),
+            holder=holder,
+        )
+        self.held[held.token] = self._by_push_token[held.push_token] = held
+        self.start_soon(held.work)
         return held
+
+    def find_pushed(self, push_token: bytes) -> Held | None:
+        """The session that who has this token may hand steps on to."""
+        return self._by_push_token.get(push_token)
 
     async def keep(self, held: Held) -> None:
         """Leave a session whose stream broke for ``resume_s``; of one peer's, the newest few."""
@@ -144,6 +325,13 @@ class Serving:
 
     async def _close(self, held: Held) -> None:
         held.serving = None
+        self._by_push_token.pop(held.push_token, None)
+        held.scope.cancel()
+        held.outbox.clear()
+        if held.link is not None:
+            held.link.end()
+        if held.holder is not None:  # it may be idle, and would learn of it only by its next step
+            await held.holder.send(Message(header={"leaving": 0}))
         await self.engine.close_session(held.session_id)
         if not self.held:
             self._empty.set()
@@ -155,88 +343,6 @@ class Serving:
             for held in list(self.held.values()):
                 if held.holder is None and trio.current_time() - held.left_at >= self._resume_s:
                     await self.free(held)
-
-
-class Node(Protocol):
-    """Who has servings; :class:`compute.node.Node`."""
-
-    def serving_for(self, request: wire.Open) -> Serving:
-        """Raises:
-        RpcError: another model, blocks that are not served here, or nothing is served now.
-        """
-
-    def find_held(self, token: bytes) -> Held | None:
-        """A session, wherever it is."""
-
-
-class NodeSession:
-    """The node's side of one stream."""
-
-    def __init__(self, node: Node, peer_id: PeerId, metrics: Metrics | None) -> None:
-        self._node = node
-        self._peer_id = peer_id
-        self._metrics = metrics
-        self._held: Held | None = None
-
-    async def serve(self, stream: Stream) -> None:
-        """Answer until the stream ends."""
-        methods = {"open": self.open, "resume": self.resume, "step": self.step}
-        broken = True  # by an error, or cancelled together with the connection to the relay that carries it
-        try:
-            await lane.serve(stream, self._peer_id, methods, idle_s=SESSION_IDLE_S)
-            broken = False
-        finally:
-            with trio.CancelScope(shield=True):
-                await self._end(broken=broken)
-
-    async def open(self, message: Message) -> Message:
-        """Begin a session."""
-        if self._held is not None:
-            raise RpcError("bad-input", "the session is open already")
-        request = wire.Open.from_fields(message.header)
-        serving = self._node.serving_for(request)
-        with refusals(self._metrics):
-            held = self._held = await serving.open(request, self._peer_id, self)
-        stats = serving.engine.stats
-        left = stats.cache_max_tokens - stats.cache_used_tokens
-        return Message(header={"cache_tokens_left": left, "token": held.token})
-
-    async def resume(self, message: Message) -> Message:
-        """Take over a session of the same peer from a stream that broke, or that the peer wants to leave."""
-        if self._held is not None:
-            raise RpcError("bad-input", "the session is open already")
-        held = self._node.find_held(wire.read_token(message.header))
-        if held is None or held.peer_id != self._peer_id:
-            raise RpcError("no-session", "there is no such session (any more)")
-        held.holder = self
-        self._held = held
-        return Message(header={})
-
-    async def step(self, message: Message) -> Message:
-        """Run the next tokens."""
-        held = self._held
-        if held is None:
-            raise RpcError("bad-input", "no session is open on this stream")
-        serving = held.serving
-        if held.holder is not self or serving is None:
-            raise RpcError(
-                "no-session", "the session has ended here, for the node pauses or moves, or went on over another stream"
-            )
-        if len(message.tensors) != 1:
-            raise RpcError("bad-input", f"a step carries one tensor, not {len(message.tensors)}")
-        position = wire.read_position(message.header)
-        tensor = message.tensors[0]
-        with refusals(self._metrics):
-            hidden = from_wire(tensor.dtype, tensor.shape, tensor.data)
-            result = await serving.engine.step(held.session_id, hidden, position)
-        dtype, shape, data = to_wire(result)
-        return Message(header={}, tensors=[Tensor(dtype=dtype, shape=shape, data=data)])
-
-    async def _end(self, *, broken: bool) -> None:
-        """The stream is over; what broke may be resumed."""
-        held = self._held
-        if held is not None and held.holder is self and held.serving is not None:
-            await (held.serving.keep(held) if broken else held.serving.free(held))
 
 
 @contextmanager
@@ -251,3 +357,13 @@ def refusals(metrics: Metrics | None) -> Iterator[None]:
             raise
         retry = error.retry_after_s if isinstance(error, Later) else None
         raise RpcError(error.code, str(error), retry) from error
+
+
+def session_over() -> RpcError:
+    """What is said of a session that is not there any more."""
+    return RpcError("no-session", "the session has ended here, or went on over another stream")
+
+
+def _tensor(result: Tensor) -> framing.Tensor:
+    dtype, shape, data = to_wire(result)
+    return framing.Tensor(dtype=dtype, shape=shape, data=data)

@@ -273,6 +273,20 @@ class RunAhead(Generic[T]):
         position, self._waiting = self._waiting.position, None
         return self._set_back(position)
 
+    def begin_with(self, ids: Sequence[int]) -> None:
+        """The session has these tokens already, which nobody will ask for again."""
+        self._ids = list(ids)
+        self._asked = self._ready = len(self._ids)
+
+    def cut(self, position: int) -> list[SetBack]:
+        """The caller forgets all tokens from ``position`` on."""
+        self._waiting = None
+        return self._set_back(position)
+
+    def drop_void(self) -> None:
+        """Void pieces will not come back after all: the session drops what it has been set back behind."""
+        self._under_way = deque(piece for piece in self._under_way if not piece.is_void)
+
     # The line
 
     def _set_back(self, position: int) -> list[SetBack]:

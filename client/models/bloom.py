@@ -14,6 +14,8 @@ from transformers import AutoTokenizer, BloomConfig, GenerationConfig, Generatio
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
+from client.drafting.base import Drafter
+from client.drafting.runner import make_model_drafter
 from client.errors import InvalidInput, UnknownModel
 from client.models.cache import SessionCache
 from client.portal import Portal
@@ -92,13 +94,21 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         return SessionCache(session, self._portal)
 
     def generate(
-        self, inputs: torch.Tensor | None = None, *args: Any, session: SessionCache | None = None, **options: Any
+        self,
+        inputs: torch.Tensor | None = None,
+        *args: Any,
+        session: SessionCache | None = None,
+        draft: str | PreTrainedModel | None = None,
+        **options: Any,
     ) -> Any:
-        """transformers' ``generate``: greedy, sampling, penalties, stopping criteria, streamers, equal-length batches.
+        """transformers' ``generate``: greedy, sampling, beams, penalties, stopping criteria, streamers, padded batches.
 
         Args:
             inputs: token ids.
             session: from ``self.session()``; without one, a new one is opened and closed.
+            draft: "auto" to send tokens that will probably be asked for before they are: as the context goes on where
+                it began like this before, wherever that pays. A small model with the same tokenizer to have it guess,
+                too. The tokens are the same in any case, greedy or sampled; with several rows nothing is drafted.
             options: transformers'.
 
         Shapes:
@@ -109,6 +119,8 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
             InvalidInput: an empty prompt, one too long for the nodes, rows of different lengths.
             MissingBlocks, SessionFailed: the swarm cannot compute it (any more).
         """
+        if draft not in (None, "auto") and not isinstance(draft, PreTrainedModel):
+            raise InvalidInput('draft is None, "auto", or a causal language model of transformers\'')
         if session is not None and not isinstance(session, SessionCache):
             raise InvalidInput(f"session is what model.session() gives, not {type(session).__name__}")
         ids = inputs if inputs is not None else options.get("input_ids")
@@ -119,11 +131,24 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         # The cache is the session's, on the nodes; without it transformers would cut the prompt to what the session
         # lacks and send everything again for each token.
         options["use_cache"] = True
-        if session is not None:
-            session.keep_prefix(ids)
+        if session is None:
+            with self.session() as fresh:
+                return self.generate(inputs, *args, session=fresh, draft=draft, **options)
+        session.keep_prefix(ids)
+        session.drafter = None if draft is None else self._drafter(draft)
+        try:
             return super().generate(inputs, *args, past_key_values=session, **options)
-        with self.session() as fresh:
-            return super().generate(inputs, *args, past_key_values=fresh, **options)
+        finally:
+            session.stop_drafting()
+
+    def _drafter(self, draft: str | PreTrainedModel) -> Drafter | bool:
+        return True if isinstance(draft, str) else make_model_drafter(draft, self.config.vocab_size)
+
+    def _embed(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Hidden states before the first block: [1, t, d]."""
+        with torch.inference_mode():
+            hidden: torch.Tensor = self.embeddings(torch.tensor([list(tokens)]))
+        return hidden
 
     def forward(
         self,
@@ -144,7 +169,7 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
 
         Args:
             input_ids: the tokens.
-            attention_mask: all ones.
+            attention_mask: zeros for padding at the beginning of rows, else ones; all ones by default.
             past_key_values: the session that has the tokens before these; by default one for this call alone.
             inputs_embeds: not taken: the session keeps its tokens as ids.
             labels: the token at each position, which the position before should foretell; -100 where none counts.
@@ -157,14 +182,14 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
 
         Shapes:
             input_ids: [b, t]
-            attention_mask: [b, anything]
+            attention_mask: [b, tokens so far + t]
             labels: [b, t]
             logits: [b, t, vocabulary], or only the positions to keep
             loss: []
 
         Raises: as ``generate``.
         """
-        ids = self._checked_ids(input_ids, attention_mask, inputs_embeds)
+        ids = self._checked_ids(input_ids, inputs_embeds)
         for name, asked in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
             if asked or (asked is None and getattr(self.config, name)):
                 raise InvalidInput(f"{name} cannot be given: it stays on the nodes; leave the option out")
@@ -172,11 +197,15 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
             self._check_labels(labels, ids, logits_to_keep)
         if past_key_values is None:
             with self.session() as session:
+                if attention_mask is not None:
+                    session.pad(attention_mask, *ids.shape)
                 logits = self._logits(ids, session, logits_to_keep)
                 past_key_values = session
         else:
             if use_cache is False:
                 past_key_values.position = 0
+            if attention_mask is not None:
+                past_key_values.pad(attention_mask, ids.shape[0], past_key_values.position + ids.shape[1])
             logits = self._logits(ids, past_key_values, logits_to_keep)
         loss = None
         if labels is not None:
@@ -187,9 +216,7 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
-    def _checked_ids(
-        self, ids: torch.Tensor | None, attention_mask: torch.Tensor | None, embeddings: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _checked_ids(self, ids: torch.Tensor | None, embeddings: torch.Tensor | None) -> torch.Tensor:
         """Raises:
         InvalidInput: not what a step can be made of.
         """
@@ -199,8 +226,6 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
             raise InvalidInput("forward takes token ids of shape [batch, tokens], at least one token")
         if not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
             raise InvalidInput(f"token ids must lie in 0 to {self.config.vocab_size - 1}")
-        if attention_mask is not None and not bool(attention_mask.all()):
-            raise InvalidInput("rows of different lengths are not computed together yet: pass rows of equal length")
         return ids
 
     def _check_labels(self, labels: torch.Tensor, ids: torch.Tensor, logits_to_keep: int | torch.Tensor) -> None:
@@ -219,7 +244,8 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         kept = slice(-to_keep, None) if isinstance(to_keep, int) else to_keep
         with torch.inference_mode():
             hidden = self.embeddings(ids)  # [b, t, d]
-            hidden = session.step(hidden, ids)  # [b, t, d]
+            wanted = to_keep if isinstance(to_keep, int) and to_keep else None
+            hidden = session.step(hidden, ids, wanted)  # [b, t, d], or fewer tokens at the end
             logits: torch.Tensor = self.head(hidden[:, kept])  # [b, t or kept, vocabulary]
         return logits.clone()  # outside: one that can be used like any other
 
@@ -232,10 +258,15 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         max_cache_length: int,
     ) -> None:
         """transformers asks for a cache here, when it knows how many rows and tokens there will be."""
-        if generation_config.num_beams > 1:
-            raise InvalidInput("beam search is not offered yet: leave num_beams at 1")
         session: SessionCache = model_kwargs["past_key_values"]
-        session.prepare(batch_size * generation_config.num_return_sequences, max_cache_length)
+        rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not session.position:
+            session.pad(mask, rows, mask.shape[1])
+        room = session.prepare(rows, max_cache_length)
+        if rows == 1 and session.drafter is not None:
+            model = None if isinstance(session.drafter, bool) else session.drafter
+            session.draft(self._embed, min(room, max_cache_length), model)
         session._is_user_defined = True  # type: ignore[attr-defined]  # what transformers marks its caches with
 
     def get_input_embeddings(self) -> Any:

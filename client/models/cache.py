@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
 
+from client.drafting.runner import DraftRunner
 from client.errors import ClientError, InvalidInput, SwarmClosed
 from client.portal import Portal
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from client.drafting.base import Drafter
     from client.session import Session
 
 
@@ -20,6 +25,7 @@ class SessionCache:
 
     Attributes:
         is_compileable: read by transformers; never true.
+        drafter: what ``generate`` drafts with: a model's drafter, ``True`` for the context alone, or nothing.
     """
 
     is_compileable = False
@@ -28,24 +34,80 @@ class SessionCache:
         self._session = session
         self._portal = portal
         self._closed = False
+        self.drafter: Drafter | bool | None = None
+        self._order: torch.Tensor | None = None  # [b], of rows, before the next step
+        self._runner: DraftRunner | None = None
         self._ids: torch.Tensor | None = None  # [b, t] of what was computed; at least ``position`` long
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens whose keys and values the nodes hold (the name is transformers')."""
-        return self._session.position
+        return self.position
 
     @property
     def position(self) -> int:
         """Tokens so far. Set it back to forget the last ones."""
-        return self._session.position
+        return self._session.position if self._runner is None else self._runner.position
 
     @position.setter
     def position(self, position: int) -> None:
-        self._session.rollback(position)
+        self._portal.call(self._roll_back, position)
 
     def crop(self, max_length: int) -> None:
         """Forget all but the first ``max_length`` tokens; below 0, that many at the end (transformers' name)."""
-        self._session.rollback(max_length if max_length >= 0 else self._session.position + max_length)
+        self.position = max_length if max_length >= 0 else self.position + max_length
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row ``i`` goes on from what row ``beam_idx[i]`` has (transformers' name).
+
+        Shapes:
+            beam_idx: [b]
+        """
+        order = beam_idx.cpu()
+        self._order = order if self._order is None else self._order[order]
+        if self._ids is not None:
+            self._ids = self._ids[order]
+
+    @property
+    def pads(self) -> tuple[int, ...] | None:
+        """With how many tokens of padding each row begins."""
+        return self._session.pads
+
+    def pad(self, attention_mask: torch.Tensor, rows: int, tokens: int) -> None:
+        """Take or check what a mask says of padding.
+
+        Args:
+            attention_mask: 0 for padding, of all tokens so far and those that are about to be computed.
+            rows: of the session; each row of the mask stands for as many as there are more of them.
+            tokens: so far and new.
+
+        Shapes:
+            attention_mask: [b, tokens]
+
+        Raises:
+            InvalidInput: padding that is not at the beginning of rows, or another one than before.
+        """
+        mask = attention_mask != 0
+        starts = mask.int().argmax(dim=1)  # [b]
+        expected = torch.arange(mask.shape[1]) >= starts[:, None].cpu()  # [b, tokens]
+        if mask.shape[1] != tokens or rows % mask.shape[0] or not torch.equal(mask.cpu(), expected):
+            raise InvalidInput(
+                f"an attention mask of shape {list(mask.shape)} for {rows} rows of {tokens} tokens: give one of the "
+                f"same shape, with zeros only at the beginning of shorter rows (the tokenizer's padding_side='left')"
+            )
+        pads = tuple(starts.repeat_interleave(rows // mask.shape[0]).tolist())
+        wanted = pads if any(pads) else None
+        if not self._session.position and self._session.batch is None:
+            self._session.pads = wanted
+        elif wanted != self._session.pads:
+            raise InvalidInput("the session has other padding: open another with model.session()")
+
+    async def _roll_back(self, position: int) -> None:
+        if self._runner is None:
+            self._session.rollback(position)
+        elif not 0 <= position <= self._runner.position:
+            raise InvalidInput(f"cannot go back to {position}: the session has {self._runner.position} tokens")
+        else:
+            self._runner.cut(position)
 
     @property
     def route(self) -> list[tuple[str, int, int]]:
@@ -84,23 +146,61 @@ class SessionCache:
         if self._ids is None or self._ids.shape[0] != ids.shape[0]:
             return  # nothing yet, or another number of rows, which the session refuses itself
         same = (self._ids[:, :shared] == ids[:, :shared]).all(dim=0)  # [shared]
-        self._session.rollback(shared if bool(same.all()) else int(same.int().argmin()))
+        self.position = shared if bool(same.all()) else int(same.int().argmin())
 
-    def step(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def step(self, hidden: torch.Tensor, ids: torch.Tensor, keep: int | None = None) -> torch.Tensor:
         """All blocks on the next tokens.
+
+        Args:
+            hidden: before the first block.
+            ids: the tokens.
+            keep: of how many, at the end, results are wanted; all by default.
 
         Shapes:
             hidden: [b, t, d]
             ids: [b, t], of which these are the embeddings
-            returns: [b, t, d]
+            returns: [b, t or keep, d]
+
         Raises: as ``Session.step``.
         """
         self._check_open()
         before = self.position
-        output = self._portal.call(self._session.step, hidden)
+        if self._runner is None:
+            order = None if self._order is None else self._order.tolist()
+            output = self._portal.call(partial(self._session.step, hidden, order, keep=keep))
+            self._order = None
+        else:
+            output = self._portal.call(self._runner.step, ids[0].tolist(), before)
         kept = ids if self._ids is None or not before else torch.cat([self._ids[:, :before], ids], dim=1)
         self._ids = kept  # [b, position]
         return output
+
+    def draft(self, embed: Callable[[Sequence[int]], torch.Tensor], limit: int, model: Drafter | None = None) -> None:
+        """Be ahead of who asks for tokens, until :meth:`stop_drafting`. The session is open, and has one row.
+
+        Args:
+            embed: hidden states before the first block, of some tokens.
+            limit: tokens that the session may come to hold.
+            model: a drafter beside the one that looks up in the context.
+        """
+        had = [] if self._ids is None else self._ids[0, : self.position].tolist()
+
+        async def begin() -> DraftRunner:
+            return DraftRunner(self._session, embed, ids=had, limit=limit, model=model)
+
+        self._runner = self._portal.call(begin)
+
+    def stop_drafting(self) -> None:
+        """Forget what nobody has asked for."""
+        if self._runner is not None:
+            runner = self._runner
+
+            async def end() -> None:
+                runner.cut(runner.position)
+
+            with suppress(SwarmClosed):
+                self._portal.call(end)
+            self._runner = None
 
     def _check_open(self) -> None:
         if self._closed:

@@ -18,16 +18,14 @@ from net import errors
 from net.identity import PeerId
 from net.mux.base import Stream
 from net.rpc import packing
-from net.rpc.framing import Decoder, Message, encode
+from net.rpc.framing import Message, encode
+from net.rpc.messages import MessageStream, Pieces
 
 logger = logging.getLogger(__name__)
 
-MIN_BYTES_PER_S = 1024  # once a message has begun: slower senders are cut off
-FIRST_BYTES_S = 5.0
 MAX_REASON_CHARACTERS = 500
 MAX_RETRY_AFTER_S = 3600.0
 
-Pieces = list[bytes | bytearray | memoryview]
 Method = Callable[[Message], Awaitable[Message]]
 
 
@@ -37,7 +35,7 @@ class Lane:
     def __init__(self, stream: Stream, peer_id: PeerId) -> None:
         self.peer_id = peer_id
         self._stream = stream
-        self._messages = _MessageStream(stream)
+        self._messages = MessageStream(stream)
         self._lock = trio.Lock()
         self._broken: errors.NetError | None = None
 
@@ -88,7 +86,7 @@ class Lane:
         if "e" not in answer.header:
             return answer
         try:
-            refusal = _read_error(answer.header)
+            refusal = read_refusal(answer.header)
         except errors.RemoteProtocolError as error:
             raise errors.PeerFailed(self.peer_id, f"refused {method!r} without a readable reason: {error}") from error
         raise refusal
@@ -117,18 +115,14 @@ async def serve(stream: Stream, peer_id: PeerId, methods: Mapping[str, Method], 
         RemoteProtocolError: no messages come, or they come or our answers are read too slowly.
         StreamReset, ConnectionLost: the stream is broken.
     """
-    messages = _MessageStream(stream)
+    messages = MessageStream(stream)
     while True:
         with trio.move_on_after(idle_s) as scope:
             request = await messages.receive()
         if scope.cancelled_caught or request is None:
             return
         pieces = await _answer(request, peer_id, methods)
-        size = sum(memoryview(piece).nbytes for piece in pieces)
-        with trio.move_on_after(FIRST_BYTES_S + size / MIN_BYTES_PER_S) as scope:
-            await messages.send(pieces)
-        if scope.cancelled_caught:
-            raise errors.RemoteProtocolError(f"an answer that was read slower than {MIN_BYTES_PER_S} bytes/s")
+        await messages.send_bounded(pieces)
 
 
 async def _answer(request: Message, peer_id: PeerId, methods: Mapping[str, Method]) -> Pieces:
@@ -148,49 +142,25 @@ async def _answer(request: Message, peer_id: PeerId, methods: Mapping[str, Metho
 
 
 def _error(error: errors.RpcError) -> Pieces:
+    return encode(Message(header=refusal(error)))
+
+
+def refusal(error: errors.RpcError) -> dict[str, Any]:
+    """The fields that say so."""
     fields: dict[str, Any] = {"e": error.code, "why": error.message[:MAX_REASON_CHARACTERS]}
     if error.retry_after_s is not None:
         fields["retry_after_s"] = error.retry_after_s
-    return encode(Message(header=fields))
+    return fields
 
 
-def _read_error(fields: Mapping[str, Any]) -> errors.RpcError:
+def read_refusal(fields: Mapping[str, Any]) -> errors.RpcError:
+    """What an answer with ``"e"`` says.
+
+    Raises:
+        RemoteProtocolError: nothing that can be read.
+    """
     code = packing.field(fields, "e", str, max_length=64)
     why = fields.get("why")
     retry = packing.number(fields, "retry_after_s", 0.0, MAX_RETRY_AFTER_S) if "retry_after_s" in fields else None
     text = "".join(c for c in str(why)[:MAX_REASON_CHARACTERS] if c.isprintable())
     return errors.RpcError(code, text, retry)
-
-
-class _MessageStream:
-    """Whole messages over a stream; whoever begins one must go on at a decent pace."""
-
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
-        self._decoder = Decoder()
-        self._ready: list[Message] = []
-
-    async def send(self, pieces: Pieces) -> None:
-        for piece in pieces:
-            await self._stream.send_all(piece)
-
-    async def receive(self) -> Message | None:
-        """The next message; None at the end of the stream."""
-        began: float | None = None
-        received = 0
-        while not self._ready:
-            deadline = float("inf")
-            if self._decoder.is_inside_message:
-                began = trio.current_time() if began is None else began
-                deadline = began + FIRST_BYTES_S + received / MIN_BYTES_PER_S
-            with trio.move_on_at(deadline) as scope:
-                data = await self._stream.receive_some()
-            if scope.cancelled_caught:
-                raise errors.RemoteProtocolError(f"a message that came slower than {MIN_BYTES_PER_S} bytes/s")
-            if not data:
-                if self._decoder.is_inside_message:
-                    raise errors.ConnectionLost("the stream ended inside a message")
-                return None
-            received += len(data)
-            self._ready = self._decoder.receive_data(data)
-        return self._ready.pop(0)

@@ -35,7 +35,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
@@ -46,6 +46,7 @@ from tests.bench.links import Links, measure_round_trip_s
 from tests.bench.prompts import MODEL, Alone, misleading, noise, repetitive
 from tests.bench.storm import unequal
 
+T = TypeVar("T")
 SPANS = {1: ("0:8",), 2: ("0:4", "4:8"), 3: ("0:3", "3:6", "6:8")}
 HOPS = 3
 PROMPT_TOKENS = 8
@@ -138,6 +139,19 @@ class Bench:
         self.found["wrong-tokens"][0] += wrong
 
 
+async def at_once(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
+    """Await all of them together; what they return, in order."""
+    found: dict[int, T] = {}
+
+    async def call(number: int) -> None:
+        found[number] = await calls[number]()
+
+    async with open_service_nursery() as nursery:
+        for number in range(len(calls)):
+            nursery.start_soon(call, number)
+    return [found[number] for number in range(len(calls))]
+
+
 async def connect(child: Child, address: str, model: str = MODEL) -> float:
     """Returns: seconds to connect and to have the model.
 
@@ -182,11 +196,15 @@ def slope(values: Sequence[float]) -> float:
 
 async def hops(bench: Bench) -> None:
     alone = await bench.alone()
-    swarms = {count: await bench.swarm(count) for count in SPANS}
-    clients = {count: await bench.client(f"{count}-client", swarms[count][0]) for count in SPANS}
-    for count, client in clients.items():
-        await generate(client, noise(bench.random, PROMPT_TOKENS), PROMPT_TOKENS)  # warm
-        report.progress(f"generate: {count} hops are ready")
+    swarms: dict[int, tuple[str, list[Child]]] = {}
+    clients: dict[int, Child] = {}
+
+    async def begin(count: int) -> None:
+        swarms[count] = await bench.swarm(count)
+        clients[count] = await bench.client(f"{count}-client", swarms[count][0])
+        await generate(clients[count], noise(bench.random, PROMPT_TOKENS), PROMPT_TOKENS)  # warm
+
+    await at_once([partial(begin, count) for count in SPANS])
     for run in range(bench.runs):
         report.progress(f"generate: hops, run {run + 1}")
         ids = noise(bench.random, PROMPT_TOKENS)
@@ -194,7 +212,7 @@ async def hops(bench: Bench) -> None:
         expected = await trio.to_thread.run_sync(alone.generate, ids, HOPS_TOKENS)
         ms = [1000 * (time.monotonic() - began) / len(expected)]
         cpu_ms = [1000 * (time.process_time() - cpu) / len(expected)]
-        for count, client in clients.items():
+        for count, client in sorted(clients.items()):
             involved = [*swarms[count][1], client]
             cpu = sum(child.cpu_s for child in involved)
             answer = await generate(client, ids, HOPS_TOKENS)
@@ -229,7 +247,7 @@ async def _first_token_s(bench: Bench, client: Child) -> float:
 async def clients(bench: Bench) -> None:
     address, _ = await bench.swarm(2)
     report.progress(f"generate: starting {CLIENTS} clients")
-    callers = [await bench.client(f"client-{number}", address) for number in range(CLIENTS)]
+    callers = await at_once([partial(bench.client, f"client-{number}", address) for number in range(CLIENTS)])
     prompts = [noise(bench.random, PROMPT_TOKENS) for _ in callers]
     solo = []
     for caller, ids in zip(callers, prompts, strict=True):
@@ -239,14 +257,9 @@ async def clients(bench: Bench) -> None:
         report.progress(f"generate: clients, run {run + 1}")
         one = await generate(callers[run % CLIENTS], prompts[run % CLIENTS], CLIENTS_TOKENS)
         alone_per_s = len(one["ids"]) / (one["ended"] - one["began"])
-        answers: list[dict[str, Any]] = [{} for _ in callers]
-
-        async def call(number: int, into: list[dict[str, Any]]) -> None:
-            into[number] = await generate(callers[number], prompts[number], CLIENTS_TOKENS)
-
-        async with open_service_nursery() as nursery:
-            for number in range(CLIENTS):
-                nursery.start_soon(call, number, answers)
+        answers = await at_once(
+            [partial(generate, caller, ids, CLIENTS_TOKENS) for caller, ids in zip(callers, prompts, strict=True)]
+        )
         for answer, before in zip(answers, solo, strict=True):
             bench.found["wrong-tokens"][0] += unequal(before["ids"], answer["ids"], is_whole=True)
         tokens = sum(len(answer["ids"]) for answer in answers)

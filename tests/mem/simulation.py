@@ -231,7 +231,7 @@ class SimulatedLane:
         self._over = False
         self._used_at = trio.current_time()
         if "e" in answer.header:
-            raise lane._read_error(answer.header)
+            raise lane.read_refusal(answer.header)
         return answer
 
     async def _exchange(self, method: str, fields: Mapping[str, Any], timeout_s: float) -> bytes:

@@ -21,6 +21,7 @@ from net.addresses import PeerAddress, parse
 from net.dht.service import Dht
 from net.host import Host, open_host
 from net.identity import Identity, PeerId
+from net.nurseries import open_service_nursery
 from net.protocol.announcement import NodeAnnouncement
 from net.transports.memory import MemoryNetwork
 
@@ -107,7 +108,7 @@ class TestSwarm:
         """Start a node and wait until it serves."""
         if isinstance(checkpoint, Path):
             checkpoint = Checkpoint.open(checkpoint)
-        settings = {"resume_s": 0.2, "measure_line": False, **settings}
+        settings = {"resume_s": 0.2, "leave_s": 0.0, "measure_line": False, **settings}
         node: RunningNode = await self.nursery.start(
             _run_node,
             self.network,
@@ -195,14 +196,20 @@ async def swarm_of(folder: Path | None = None, spans: Sequence[Span] = ()) -> As
     ):
         relay_dht = Dht(relay, server=True)
         await relay_dht.join([])
-        async with open_host(Identity.generate(), transports=(network.transport(),)) as host:
+        async with (
+            open_host(Identity.generate(), transports=(network.transport(),)) as host,
+            open_service_nursery() as sessions,
+        ):
             dht = Dht(host, server=False)
             bootstrap = relay.peer_addresses[0]
             await dht.join([bootstrap])
-            swarm = TestSwarm(client=AsyncSwarm(host, dht), network=network, bootstrap=bootstrap, nursery=nursery)
+            swarm = TestSwarm(
+                client=AsyncSwarm(host, dht, sessions), network=network, bootstrap=bootstrap, nursery=nursery
+            )
             checkpoint = None if folder is None else Checkpoint.open(folder)
             for span in spans:
                 assert checkpoint is not None
                 await swarm.add_node(checkpoint, span)
             yield swarm
+            sessions.cancel_scope.cancel()
         nursery.cancel_scope.cancel()

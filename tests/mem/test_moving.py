@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -20,17 +20,19 @@ from compute.checkpoint import Checkpoint
 from compute.engine import Engine, EngineSettings
 from compute.errors import CheckpointError
 from compute.measuring import Speed
-from compute.serving import NodeSession
+from compute.serving import refusals
 from compute.tensors import from_wire, to_wire
 from compute.thread import ModelThread
 from net.dht import keys
 from net.errors import DialError, RecordError, RpcError
 from net.host import Host, open_host
 from net.identity import Identity, PeerId
+from net.mux.base import Stream
 from net.protocol import session as wire
 from net.protocol.announcement import DIRECTORY, KIND, NodeAnnouncement, read_all
-from net.rpc.framing import Message, Tensor
-from net.rpc.lane import Lane
+from net.rpc.framing import Message, Tensor, encode
+from net.rpc.lane import read_refusal
+from net.rpc.messages import MessageStream
 from tests.mem.conftest import Reference
 from tests.mem.swarms import RunningNode, TestSwarm, swarm_of, until
 from tests.mem.test_sessions import PROMPT, StopsAfter, greedy
@@ -65,30 +67,52 @@ async def announced(witness: RunningNode, node: RunningNode) -> NodeAnnouncement
 class Opened:
     """A session with one node."""
 
-    def __init__(self, lane: Lane, digest: str) -> None:
-        self._lane = lane
+    def __init__(self, stream: Stream, digest: str) -> None:
+        self._messages = MessageStream(stream)
         self._digest = digest
+        self._asked = 0
         self.position = 0
+        self.notices: list[Message] = []
 
     async def open(self, start: int, end: int) -> None:
         request = wire.Open(digest=self._digest, start=start, end=end, batch=1, max_length=64)
-        await self._lane.call("open", request.to_fields(), timeout_s=5)
+        await self._ask("open", request.to_fields())
 
     async def step(self, hidden: torch.Tensor) -> torch.Tensor:
         dtype, shape, data = to_wire(hidden)
-        message = Message(header={"position": self.position}, tensors=[Tensor(dtype=dtype, shape=shape, data=data)])
-        answer = await self._lane.call("step", message, timeout_s=5)
+        fields = wire.Step(id=1, position=self.position).to_fields()
+        answer = await self._ask("step", fields, Tensor(dtype=dtype, shape=shape, data=data))
         self.position += hidden.shape[1]
         [tensor] = answer.tensors
         return from_wire(tensor.dtype, tensor.shape, tensor.data)
+
+    async def _ask(self, method: str, fields: Mapping[str, Any], *tensors: Tensor) -> Message:
+        self._asked += 1
+        question = Message(header={**fields, "m": method, "id": self._asked}, tensors=tensors)
+        await self._messages.send(encode(question))
+        with trio.fail_after(5):
+            while (answer := await self._messages.receive()) is not None:
+                if answer.header.get("id") == self._asked:
+                    if "e" in answer.header:
+                        raise read_refusal(answer.header)
+                    return answer
+                self.notices.append(answer)
+        raise AssertionError("the node ended the stream")
+
+
+class Nobody:
+    """A client that hears nothing."""
+
+    async def send(self, message: Message) -> None:
+        await trio.lowlevel.checkpoint()
 
 
 @asynccontextmanager
 async def session_with(swarm: TestSwarm, node: RunningNode) -> AsyncIterator[Opened]:
     async with open_host(Identity.generate(), transports=[swarm.network.transport()]) as host:
         stream = await host.open_stream(node.peer_id, [wire.PROTOCOL_ID], node.host.addresses)
-        async with Lane(stream, node.peer_id) as lane:
-            yield Opened(lane, node.offer.digest)
+        yield Opened(stream, node.offer.digest)
+        await stream.aclose()
 
 
 @asynccontextmanager
@@ -270,16 +294,15 @@ async def test_sessions_are_opened_here_or_there_but_not_in_between(odd: Referen
         async def open_and_close() -> None:
             request = wire.Open(digest=node.offer.digest, start=2, end=4, batch=1, max_length=64)
             while not stop.is_set():
-                session = NodeSession(node.node, swarm.client.host.peer_id, None)
                 try:
-                    await session.open(Message(header=request.to_fields()))
+                    serving = node.node.serving_for(request)
+                    with refusals(None):
+                        held = await serving.open(request, swarm.client.host.peer_id, Nobody())
                 except RpcError as error:
                     refused.append(error.code)
                 else:
-                    serving = session._held.serving if session._held else None
-                    assert serving is not None
                     assert serving.engine._state == "running"
-                await session._end(broken=False)
+                    await serving.free(held)
                 await trio.lowlevel.checkpoint()
 
         async with trio.open_nursery() as nursery:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import trio
 from transformers import (
     MaxTimeCriteria,
     StoppingCriteria,
@@ -54,6 +55,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "time-criteria": {"do_sample": False, "stopping_criteria": StoppingCriteriaList([MaxTimeCriteria(600)])},
     "no-cache": {"do_sample": False, "use_cache": False},
     "several-sequences": {"do_sample": True, "num_return_sequences": 3, "seed": 7},
+    "beams": {"do_sample": False, "num_beams": 4},
+    "beams-several": {"do_sample": False, "num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.4},
+    "beams-sampled": {"do_sample": True, "num_beams": 3, "seed": 8},
+    "beams-early": {"do_sample": False, "num_beams": 3, "early_stopping": True, "no_repeat_ngram_size": 2},
 }
 
 
@@ -70,6 +75,42 @@ async def test_every_way_of_generating(odd: Reference, chain: str) -> None:
                     wrong[name, len(prompt)] = (ours, theirs)
         assert not wrong
         await until(lambda: all(node.sessions == 0 for node in swarm.nodes))
+
+
+PADDED = torch.tensor([[0, 0, 0, 41, 90, 17], [5, 6, 7, 8, 9, 10], [0, 22, 23, 24, 25, 26]])
+PADDED_MASK = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize("name", ["greedy", "top-p", "beams", "repetition-penalty", "several-sequences"])
+async def test_rows_of_different_lengths(odd: Reference, name: str) -> None:
+    options = {**OPTIONS[name], "attention_mask": PADDED_MASK, "max_new_tokens": 12}
+    async with swarm_of(odd.folder, [(0, 2), (2, 5)]) as swarm:
+        model = await swarm.model(odd.folder)
+        assert await blocking(partial(generate, model, PADDED, **options)) == generate(odd.model, PADDED, **options)
+        theirs = odd.model(PADDED, attention_mask=PADDED_MASK).logits
+        ours = await blocking(lambda: model(PADDED, attention_mask=PADDED_MASK).logits)
+        assert torch.allclose(ours[PADDED_MASK.bool()], theirs[PADDED_MASK.bool()], atol=1e-4)
+
+
+async def test_beams_and_padding_outlive_a_node(odd: Reference) -> None:
+    options: dict[str, Any] = {**OPTIONS["beams"], "attention_mask": PADDED_MASK, "max_new_tokens": 14}
+    async with swarm_of(odd.folder, [(0, 2), (2, 5), (2, 5)]) as swarm:
+        model = await swarm.model(odd.folder)
+        steps = 0
+
+        class DiesAfterSix(StoppingCriteria):  # type: ignore[misc]
+            def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+                nonlocal steps
+                steps += 1
+                if steps == 6:
+                    victim = next(node for node in swarm.nodes if node.sessions and node.offer.start == 2)
+                    trio.from_thread.run(victim.die)
+                return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+        criteria = StoppingCriteriaList([DiesAfterSix()])
+        ours = await blocking(partial(generate, model, PADDED, stopping_criteria=criteria, **options))
+        assert ours == generate(odd.model, PADDED, **options)
+        assert steps >= 6
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -15,11 +15,15 @@ import trio.testing
 
 import client.legs
 import client.session
+import client.session_core
 import compute.serving
+import compute.talking
 from client.errors import ClientError, InvalidInput, MissingBlocks, UnknownModel
 from client.models.cache import SessionCache
+from client.swarm import AsyncSwarm
 from compute.checkpoint import Checkpoint
 from compute.engine import Engine, EngineSettings
+from net.dht.service import Dht
 from net.errors import RpcError
 from net.host import open_host
 from net.identity import Identity
@@ -33,6 +37,7 @@ from tests.mem.swarms import RunningNode, TestSwarm, blocking, generate, swarm_o
 PROMPT = torch.tensor([[40, 41, 90, 17, 200, 33, 12]])
 OTHER = torch.tensor([[7, 77, 177, 277, 5]])
 TWO = [(0, 2), (2, 5)]
+LONE = {"push": 0, "keep": 9}  # of a step whose result the client wants
 
 
 def greedy(model: Any, ids: torch.Tensor, new: int, **options: Any) -> list[list[int]]:
@@ -146,8 +151,9 @@ async def test_a_long_prompt_travels_in_several_messages(odd: Reference, monkeyp
         assert [node.node.engine.stats.steps for node in swarm.nodes] == [4 + 4, 4 + 4]  # 30 + 30 + 30 + 10, then 4
 
 
-async def test_a_step_that_fills_a_message_to_the_brim(tmp_path: Path) -> None:
+async def test_a_step_that_fills_a_message_to_the_brim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many tokens as ``_piece_tokens`` allows, and one more, at the real limit of a frame."""
+    monkeypatch.setattr(client.session, "CHUNK_TOKENS", 1 << 20)
     folder = make_checkpoint(tmp_path / "wide", layers=1, heads=2, hidden=512, tokenizer=False)
     most = (MAX_FRAME_BYTES - MAX_HEADER_BYTES) // (512 * 4)
     async with swarm_of() as swarm:
@@ -174,11 +180,19 @@ async def test_close_frees_the_nodes(odd: Reference) -> None:
 
 async def test_a_client_that_goes_frees_the_nodes(odd: Reference) -> None:
     async with swarm_of(odd.folder, TWO) as swarm:
-        model = await swarm.model(odd.folder)
-        session = await blocking(model.session)
-        await blocking(lambda: greedy(model, PROMPT, 4, session=session))
-        for connection in swarm.client.host.swarm.connections:
-            connection.mux.close()
+        async with (
+            open_host(Identity.generate(), transports=(swarm.network.transport(),)) as host,
+            trio.open_nursery() as nursery,
+        ):
+            dht = Dht(host, server=False)
+            await dht.join([swarm.bootstrap])
+            model = await AsyncSwarm(host, dht, nursery).model(str(odd.folder))
+            session = await blocking(model.session)
+            await blocking(lambda: greedy(model, PROMPT, 4, session=session))
+            assert [node.sessions for node in swarm.nodes] == [1, 1]
+            for connection in host.swarm.connections:
+                connection.mux.close()
+            nursery.cancel_scope.cancel()
         await until(lambda: all(node.sessions == 0 and node.cached_tokens == 0 for node in swarm.nodes))
 
 
@@ -228,7 +242,8 @@ async def test_a_session_leaves_the_relay_when_there_is_a_direct_way(odd: Refere
         ids = await blocking(lambda: greedy(model, torch.tensor(ids), 2, session=session))
         assert ids == greedy(odd.model, PROMPT, 6)
         assert [after - earlier for after, earlier in zip(steps(swarm), before, strict=True)] == [2, 2]
-        assert (relayed.mux.open_streams, direct.mux.open_streams) == (streams - 1, 1)
+        assert relayed.mux.open_streams < streams
+        assert direct.mux.open_streams >= 1
         await blocking(session.close)
 
 
@@ -283,9 +298,9 @@ async def test_nobody_else_can_resume_a_session(odd: Reference) -> None:
             async with lane.Lane(stream, node.peer_id) as stolen_lane:
                 for stolen in (token, bytes(16)):
                     with pytest.raises(RpcError, match="no such session"):
-                        await stolen_lane.call("resume", {"token": stolen}, timeout_s=5)
+                        await stolen_lane.call("resume", {"id": 1, "token": stolen}, timeout_s=5)
                 with pytest.raises(RpcError, match="token of 3 bytes"):
-                    await stolen_lane.call("resume", {"token": b"abc"}, timeout_s=5)
+                    await stolen_lane.call("resume", {"id": 1, "token": b"abc"}, timeout_s=5)
         assert node.sessions == 1
         await blocking(session.close)
 
@@ -326,15 +341,14 @@ async def test_inputs_that_cannot_be_computed(odd: Reference) -> None:
     async with swarm_of(odd.folder, TWO) as swarm:
         model = await swarm.model(odd.folder)
         padded = torch.ones_like(ROWS)
-        padded[1, 0] = 0
+        padded[1, 2] = 0
         refusals: list[tuple[str, Callable[[], Any]]] = [
             ("prompt is empty", lambda: greedy(model, torch.zeros(1, 0, dtype=torch.long), 3)),
             ("integer tensor of shape", lambda: model.generate(max_new_tokens=3)),
             ("integer tensor of shape", lambda: model.generate([[1, 2, 3]], max_new_tokens=3)),  # type: ignore[arg-type]
             ("integer tensor of shape", lambda: model.generate(torch.ones(1, 3), max_new_tokens=3)),
             ("integer tensor of shape", lambda: model.generate(torch.tensor([1, 2, 3]), max_new_tokens=3)),
-            ("equal length", lambda: greedy(model, ROWS, 3, attention_mask=padded)),
-            ("beam", lambda: greedy(model, PROMPT, 3, num_beams=2)),
+            ("padding_side", lambda: greedy(model, ROWS, 3, attention_mask=padded)),
             ("0 to 319", lambda: greedy(model, PROMPT + 300, 3)),
             ("0 to 319", lambda: greedy(model, PROMPT - 100, 3)),
             ("at least one token", lambda: model(torch.zeros(1, 0, dtype=torch.long))),
@@ -499,9 +513,61 @@ async def test_a_node_that_leaves_is_replaced(odd: Reference) -> None:
         assert await broken_off(swarm, odd.folder, replace) == greedy(odd.model, PROMPT, 12)
 
 
+@pytest.mark.parametrize("victim", [0, 1, 2])
+async def test_a_node_that_ends_lets_its_sessions_go_elsewhere_first(
+    odd: Reference, victim: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    spans = [(0, 2), (2, 4), (4, 5)]
+    async with swarm_of() as swarm:
+        for span in spans:
+            await swarm.add_node(odd.folder, span, leave_s=5.0)
+        leaves = swarm.nodes[victim]
+
+        async def replace() -> None:
+            await swarm.add_node(odd.folder, spans[victim])
+            with trio.fail_after(4):  # not all the time that there is
+                await leaves.leave()
+
+        assert await broken_off(swarm, odd.folder, replace) == greedy(odd.model, PROMPT, 12)
+    assert not [record for record in caplog.records if record.name.startswith("client")]  # nothing had to be replaced
+
+
+async def test_nodes_hand_on_to_each_other(odd: Reference) -> None:
+    async with swarm_of(odd.folder, [(0, 2), (2, 4), (4, 5)]) as swarm:
+        session = await swarm.client.session((await swarm.client.models())[0])
+        hidden = torch.randn(1, 1, 48, generator=torch.Generator().manual_seed(1))
+        await session.step(hidden)
+        await until(lambda: session._core is not None and all(leg.linked_to for leg in session._core.legs[:-1]))
+        sent: list[object] = []
+        for leg in session._legs.values():
+            monitored(leg, sent)
+        for _ in range(5):
+            await session.step(hidden)
+        assert len(sent) == 5  # one message for each step, to the first node
+        for serving in (serving for node in swarm.nodes[:1] for serving in node.node._servings):
+            for held in serving.held.values():
+                assert held.link is not None
+                held.link.end()
+        first = await session.step(hidden)  # from hand to hand, as nobody can hand on any more
+        assert len(sent) > 6
+        session.rollback(session.position - 1)
+        assert torch.equal(await session.step(hidden), first)
+        await session.aclose()
+
+
+def monitored(leg: client.legs.Leg, sent: list[object]) -> None:
+    honest = leg.send
+
+    def send(message: Message) -> None:
+        sent.append(message)
+        honest(message)
+
+    leg.send = send  # type: ignore[method-assign]
+
+
 async def test_a_dead_node_that_nobody_replaces(odd: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client.legs, "RETURN_S", 1.0)
-    monkeypatch.setattr(client.session, "WAIT_S", 1.0)
+    monkeypatch.setattr(client.session_core, "WAIT_S", 1.0)
     async with swarm_of(odd.folder, TWO) as swarm:
         with (
             trio.fail_after(10),
@@ -518,7 +584,7 @@ async def test_a_session_outlives_a_failure_when_the_node_comes_back(
     odd: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client.legs, "RETURN_S", 1.0)
-    monkeypatch.setattr(client.session, "WAIT_S", 1.0)
+    monkeypatch.setattr(client.session_core, "WAIT_S", 1.0)
     identity = Identity.generate(b"\x07" * 32)
     async with swarm_of(odd.folder, [(0, 2)]) as swarm:
         node = await swarm.add_node(odd.folder, (2, 5), identity=identity)
@@ -534,13 +600,13 @@ async def test_a_session_outlives_a_failure_when_the_node_comes_back(
 
 
 async def test_a_session_that_the_node_dropped_as_idle(odd: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute.serving, "SESSION_IDLE_S", 0.3)
+    monkeypatch.setattr(compute.talking, "SESSION_IDLE_S", 0.3)
     async with swarm_of(odd.folder, TWO) as swarm:
         model = await swarm.model(odd.folder)
         session = await blocking(model.session)
         first = torch.tensor(await blocking(lambda: greedy(model, PROMPT, 4, session=session)))
         await until(lambda: all(node.sessions == 0 for node in swarm.nodes))
-        monkeypatch.setattr(compute.serving, "SESSION_IDLE_S", 60.0)
+        monkeypatch.setattr(compute.talking, "SESSION_IDLE_S", 60.0)
         assert await blocking(lambda: greedy(model, first, 4, session=session)) == greedy(odd.model, PROMPT, 8)
         await blocking(session.close)
 
@@ -580,21 +646,30 @@ def bad_answers() -> dict[str, Callable[[Message], Message]]:
     }
 
 
+def is_of(held: compute.serving.Held, node: RunningNode) -> bool:
+    return held.serving is not None and held.serving in node.node._servings
+
+
 @pytest.mark.parametrize("kind", bad_answers())
 async def test_a_node_that_answers_nonsense_is_replaced(
     odd: Reference, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_bad = bad_answers()[kind]
-    honest = compute.serving.NodeSession.step
+    honest = compute.serving.Held.answer
     async with swarm_of(odd.folder, TWO) as swarm:
         bad = swarm.nodes[1]
 
-        async def step(self: Any, message: Message) -> Message:
-            answer = await honest(self, message)
-            return make_bad(answer) if self._node is bad.node and turned else answer
+        async def answer(self: compute.serving.Held, message: Message) -> None:
+            if turned and "id" in message.header and is_of(self, bad):
+                try:
+                    message = make_bad(message)
+                except RpcError as error:
+                    message = Message(header=lane.refusal(error))
+                message = Message(header={**message.header, "id": self.running}, tensors=message.tensors)
+            await honest(self, message)
 
         turned: list[bool] = []
-        monkeypatch.setattr(compute.serving.NodeSession, "step", step)
+        monkeypatch.setattr(compute.serving.Held, "answer", answer)
 
         async def turn() -> None:
             turned.append(True)
@@ -604,40 +679,43 @@ async def test_a_node_that_answers_nonsense_is_replaced(
             assert await broken_off(swarm, odd.folder, turn) == greedy(odd.model, PROMPT, 12)
 
 
-async def test_a_node_that_does_not_answer_is_replaced(odd: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client.session, "STEP_TIMEOUT_S", 0.5)
-    honest = compute.serving.NodeSession.step
+@pytest.mark.parametrize("victim", [0, 1])
+async def test_a_node_that_does_not_answer_is_replaced(
+    odd: Reference, victim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.session_core, "MIN_PATIENCE_S", 0.3)
+    honest = compute.serving.Held._do
     async with swarm_of(odd.folder, TWO) as swarm:
-        bad = swarm.nodes[1]
+        bad = swarm.nodes[victim]
         silent: list[bool] = []
 
-        async def step(self: Any, message: Message) -> Message:
-            if silent and self._node is bad.node:
+        async def do(self: compute.serving.Held, *args: Any) -> None:
+            if silent and is_of(self, bad):
                 await trio.sleep_forever()
-            return await honest(self, message)
+            await honest(self, *args)
 
-        monkeypatch.setattr(compute.serving.NodeSession, "step", step)
+        monkeypatch.setattr(compute.serving.Held, "_do", do)
 
         async def silence() -> None:
             silent.append(True)
-            await swarm.add_node(odd.folder, (2, 5))
+            await swarm.add_node(odd.folder, TWO[victim])
 
         with trio.fail_after(8):
             assert await broken_off(swarm, odd.folder, silence) == greedy(odd.model, PROMPT, 12)
 
 
-@pytest.mark.parametrize("method", ["open", "step"])
-async def test_a_busy_node_is_asked_again(odd: Reference, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = getattr(compute.serving.NodeSession, method)
+@pytest.mark.parametrize("what", ["open", "step"])
+async def test_a_busy_node_is_asked_again(odd: Reference, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, method = {"open": (compute.talking.ClientTalk, "_open"), "step": (compute.serving.Held, "_do")}[what]
+    honest = getattr(owner, method)
     refusals = [RpcError("busy", "come again", 0.01), RpcError("out-of-cache", "come again", 0.0)]
 
-    async def busy(self: Any, message: Message) -> Message:
+    async def busy(*args: Any) -> Any:
         if refusals:
             raise refusals.pop()
-        answer: Message = await honest(self, message)
-        return answer
+        return await honest(*args)
 
-    monkeypatch.setattr(compute.serving.NodeSession, method, busy)
+    monkeypatch.setattr(owner, method, busy)
     async with swarm_of(odd.folder, TWO) as swarm:
         assert await swarm.generate(odd.folder, PROMPT, max_new_tokens=5, do_sample=False) == greedy(
             odd.model, PROMPT, 5
@@ -646,12 +724,12 @@ async def test_a_busy_node_is_asked_again(odd: Reference, method: str, monkeypat
 
 
 async def test_a_node_that_stays_busy_is_given_up(odd: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def busy(self: Any, message: Message) -> Message:
+    async def busy(*_: Any) -> None:
         raise RpcError("out-of-cache", "no room left", 0.001)
 
-    monkeypatch.setattr(client.session, "OPENING_WAIT_S", 1.0)
+    monkeypatch.setattr(client.session_core, "OPENING_WAIT_S", 1.0)
     async with swarm_of(odd.folder, TWO) as swarm:
-        monkeypatch.setattr(compute.serving.NodeSession, "step", busy)
+        monkeypatch.setattr(compute.serving.Held, "_do", busy)
         with trio.fail_after(8), pytest.raises(MissingBlocks) as caught:
             await swarm.generate(odd.folder, PROMPT, max_new_tokens=5)
         assert "no room left" in str(caught.value)  # what the node said, not only that it failed
@@ -659,12 +737,12 @@ async def test_a_node_that_stays_busy_is_given_up(odd: Reference, monkeypatch: p
 
 
 async def test_all_nodes_fail_one_after_another(odd: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def broken(self: Any, message: Message) -> Message:
+    async def broken(*_: Any) -> None:
         raise RpcError("internal", "a bug")
 
-    monkeypatch.setattr(client.session, "OPENING_WAIT_S", 1.0)
+    monkeypatch.setattr(client.session_core, "OPENING_WAIT_S", 1.0)
     async with swarm_of(odd.folder, [(0, 5)] * 6) as swarm:
-        monkeypatch.setattr(compute.serving.NodeSession, "step", broken)
+        monkeypatch.setattr(compute.serving.Held, "_do", broken)
         with trio.fail_after(8), pytest.raises(MissingBlocks, match=r"blocks 0:5.*a bug"):
             await swarm.generate(odd.folder, PROMPT, max_new_tokens=5)
         await until(lambda: all(node.sessions == 0 for node in swarm.nodes))
@@ -703,10 +781,14 @@ async def refusal(swarm: TestSwarm, node: RunningNode, *calls: tuple[str, Messag
     """The last call's refusal."""
     stream = await swarm.client.host.open_stream(node.peer_id, [wire.PROTOCOL_ID], node.offer.addresses)
     async with lane.Lane(stream, node.peer_id) as opened:
-        for method, message in calls[:-1]:
+        numbered = [
+            (method, Message(header={"id": number, **message.header}, tensors=message.tensors))
+            for number, (method, message) in enumerate(calls, 1)
+        ]
+        for method, message in numbered[:-1]:
             await opened.call(method, message, timeout_s=5)
         with pytest.raises(RpcError) as caught:
-            await opened.call(calls[-1][0], calls[-1][1], timeout_s=5)
+            await opened.call(*numbered[-1], timeout_s=5)
     return caught.value.code, caught.value.message
 
 
@@ -720,7 +802,7 @@ async def test_what_a_node_refuses(odd: Reference) -> None:
 
         def step(position: Any, *shape: int, dtype: str = "f32", size: int = 4) -> tuple[str, Message]:
             tensor = Tensor(dtype=dtype, shape=shape, data=bytes(math.prod(shape) * size))
-            return "step", Message(header={"position": position}, tensors=[tensor])
+            return "step", Message(header={"position": position, **LONE}, tensors=[tensor])
 
         async def code(*calls: tuple[str, Message]) -> str:
             return (await refusal(swarm, node, *calls))[0]
@@ -743,10 +825,10 @@ async def test_what_a_node_refuses(odd: Reference) -> None:
         assert await code(ask(), step("0", 1, 1, 48)) == "bad-input"
         assert await code(ask(), step(0, 1, 1, 48, dtype="i64", size=8)) == "bad-dtype"
         assert await code(ask(), step(0, 1, 1, 48, dtype="u8", size=1)) == "bad-dtype"
-        assert await code(ask(), ("step", Message(header={"position": 0}))) == "bad-input"
+        assert await code(ask(), ("step", Message(header={"position": 0, **LONE}))) == "bad-input"
         assert await code(("no-such-method", Message(header={}))) == "unknown-method"
         nan = Tensor(dtype="f32", shape=(1, 1, 48), data=torch.full((48,), math.nan).numpy().tobytes())
-        assert await code(ask(), ("step", Message(header={"position": 0}, tensors=[nan]))) == "not-finite"
+        assert await code(ask(), ("step", Message(header={"position": 0, **LONE}, tensors=[nan]))) == "not-finite"
         await until(lambda: node.sessions == 0)
 
 

@@ -651,6 +651,12 @@ def test_a_folder_whose_name_nobody_would_believe(
         assert "cannot be a model's name in a swarm: rename the folder" in failing(*serve(relay, str(folder)))
 
 
+def test_drafted_text_is_the_same(relay: str, nodes: list[dict[str, Any]], tmp_path: Path) -> None:
+    outcome = run(tmp_path, *generate(relay, "bloom-tiny"), "--max-new-tokens", "24", "--draft", "auto", "--json")
+    assert outcome.status == 0
+    assert outcome.json["ids"] == tiny_tokens(PROMPT, 24)
+
+
 def test_sampling_can_be_repeated(relay: str, nodes: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     def sampled(*options: str) -> list[int]:
         capsys.readouterr()

@@ -1,0 +1,194 @@
+"""The node's side of the streams that a session's steps come on: its client's, and that of the node before it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Final, Protocol
+
+import trio
+
+from compute.pushing import PushLink
+from compute.serving import Ask, Held, Serving, refusals, session_over
+from net import errors
+from net.errors import RpcError
+from net.host import Host
+from net.identity import PeerId
+from net.mux.base import Stream
+from net.protocol import session as wire
+from net.rpc import lane
+from net.rpc.framing import Message, encode
+from net.rpc.messages import MessageStream
+
+SESSION_IDLE_S: Final = 600.0  # a session nobody uses
+
+
+class Node(Protocol):
+    """Who has servings; :class:`compute.node.Node`."""
+
+    def serving_for(self, request: wire.Open) -> Serving:
+        """Raises:
+        RpcError: another model, blocks that are not served here, or nothing is served now.
+        """
+
+    def find_held(self, token: bytes) -> Held | None:
+        """A session, wherever it is."""
+
+    def find_pushed(self, push_token: bytes) -> Held | None:
+        """The session that who has this token may hand steps on to."""
+
+
+class ClientTalk:
+    """A client's stream."""
+
+    def __init__(self, node: Node, host: Host, peer_id: PeerId, stream: Stream) -> None:
+        self._node = node
+        self._host = host
+        self._peer_id = peer_id
+        self._stream = stream
+        self._messages = MessageStream(stream)
+        self._held: Held | None = None
+
+    async def serve(self) -> None:
+        """Answer until the stream ends, or nothing is asked for too long.
+
+        Raises:
+            RemoteProtocolError: no messages come, or they come or our answers are read too slowly.
+            StreamReset, ConnectionLost: the stream is broken.
+        """
+        broken = True  # by an error, or cancelled together with the connection to the relay that carries it
+        try:
+            while True:
+                with trio.move_on_after(SESSION_IDLE_S) as scope:
+                    message = await self._messages.receive()
+                if scope.cancelled_caught or message is None:
+                    broken = False
+                    return
+                await self._take(message)
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._end(broken=broken)
+
+    async def send(self, message: Message) -> None:
+        """Say something; a client that does not read is cut off."""
+        try:
+            await self._messages.send_bounded(encode(message))
+        except (errors.NetError, trio.ClosedResourceError):
+            self._stream.reset()  # ``serve`` ends, too, and knows why
+
+    async def _take(self, message: Message) -> None:
+        number = wire.read_id(message.header)
+        methods: dict[object, Callable[[Message], Awaitable[Message | None]]] = {
+            "open": self._open,
+            "resume": self._resume,
+            "link": self._link,
+            "step": self._step,
+            "resend": self._resend,
+            "where": self._where,
+        }
+        method = methods.get(message.header.get("m"))
+        try:
+            if method is None:
+                raise RpcError("unknown-method", f"no method {str(message.header.get('m'))[:64]!r} here")
+            answer = await method(message)
+        except RpcError as refused:
+            answer = Message(header=lane.refusal(refused))
+        except errors.RemoteProtocolError as error:
+            answer = Message(header=lane.refusal(RpcError("bad-input", str(error))))
+        if answer is not None:
+            await self.send(Message(header={**answer.header, "id": number}, tensors=answer.tensors))
+
+    async def _open(self, message: Message) -> Message:
+        """Begin a session."""
+        if self._held is not None:
+            raise RpcError("bad-input", "the session is open already")
+        request = wire.Open.from_fields(message.header)
+        serving = self._node.serving_for(request)
+        with refusals(serving.metrics):
+            held = self._held = await serving.open(request, self._peer_id, self)
+        stats = serving.engine.stats
+        left = stats.cache_max_tokens - stats.cache_used_tokens
+        return Message(header={"cache_tokens_left": left, "token": held.token, "push_token": held.push_token})
+
+    async def _resume(self, message: Message) -> Message:
+        """Take over a session of the same peer from a stream that broke, or that the peer wants to leave."""
+        if self._held is not None:
+            raise RpcError("bad-input", "the session is open already")
+        held = self._node.find_held(wire.read_token(message.header))
+        if held is None or held.peer_id != self._peer_id:
+            raise RpcError("no-session", "there is no such session (any more)")
+        held.holder = self
+        self._held = held
+        return Message(header={})
+
+    async def _link(self, message: Message) -> None:
+        """Reach the next node; answered when it has been, or not."""
+        held, serving = self._mine()
+        link = wire.Link.from_fields(message.header)
+        serving.start_soon(self._reach, held, link, wire.read_id(message.header))
+
+    async def _reach(self, held: Held, link: wire.Link, number: int) -> None:
+        try:
+            opened = await PushLink.open(self._host, link)
+        except errors.NetError as error:
+            refused = RpcError("unreachable", str(error))
+            await held.answer(Message(header={**lane.refusal(refused), "id": number}))
+            return
+        if held.link is not None:
+            held.link.end()
+        held.link = opened
+        if held.serving is None:
+            opened.end()
+            return
+        held.serving.start_soon(opened.watch)
+        await held.answer(Message(header={"id": number}))
+
+    async def _step(self, message: Message) -> None:
+        """Run the next tokens."""
+        held, _ = self._mine()
+        await held.ask(Ask(step=wire.Step.from_fields(message.header), tensors=tuple(message.tensors)))
+
+    async def _resend(self, message: Message) -> None:
+        """Hand on again what steps gave before."""
+        held, _ = self._mine()
+        step = wire.Step.from_fields(message.header)
+        await held.ask(Ask(step=step, end=wire.read_end(message.header, step.position)))
+
+    async def _where(self, message: Message) -> Message:
+        """How far a step has come."""
+        held, _ = self._mine()
+        return Message(header={"state": held.where(wire.read_id(message.header, "of"))})
+
+    def _mine(self) -> tuple[Held, Serving]:
+        held = self._held
+        if held is None:
+            raise RpcError("bad-input", "no session is open on this stream")
+        if held.holder is not self or held.serving is None:
+            raise session_over()
+        return held, held.serving
+
+    async def _end(self, *, broken: bool) -> None:
+        """The stream is over; what broke may be resumed."""
+        held = self._held
+        if held is not None and held.holder is self and held.serving is not None:
+            await (held.serving.keep(held) if broken else held.serving.free(held))
+
+
+async def serve_pushes(stream: Stream, node: Node) -> None:
+    """Take what another node hands on, until its stream or the session ends.
+
+    Raises:
+        RemoteProtocolError: no messages come, or they make no sense.
+        StreamReset, ConnectionLost: the stream is broken.
+    """
+    messages = MessageStream(stream)
+    first = await messages.receive()
+    held = None if first is None else node.find_pushed(wire.read_token(first.header))
+    while held is not None:
+        with trio.move_on_after(SESSION_IDLE_S) as scope:
+            message = await messages.receive()
+        if scope.cancelled_caught or message is None:
+            return
+        try:
+            await held.ask(Ask(step=wire.Step.from_fields(message.header), tensors=tuple(message.tensors)))
+        except RpcError:
+            return  # the session is over, and its client knows
