@@ -474,6 +474,12 @@ class SessionCore:
         if leg is None:
             return
         leg.lost = leg.has_no_spare = False
+        # Whatever broke the way between it and us may have broken those between it and its neighbours, and they would
+        # notice only when they do not hear of each other.
+        leg.linked_to, leg.link_asked, leg.relink_at = None, False, now
+        for each in self.legs:
+            if each.linked_to == key:
+                each.linked_to, each.relink_at = None, now
         if leg is self._spares_for and not leg.leaving:
             self._drop_spares(now)
         if any(leg in run.through for run in self._runs.values()):
