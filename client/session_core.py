@@ -995,6 +995,8 @@ class SessionCore:
             self._not_arrived(run, late, now)
         elif now - run.asked_at >= LONGEST_STEP_S or (self._should_be_quick(run) and self._is_replaceable(late)):
             self.failed(late.key, f"takes more than {now - run.asked_at:.1f} s for a step", now)
+        else:
+            self._look(now)  # perhaps somebody has come who could take its place
 
     def _hurry(self, now: float) -> None:
         """Do without nodes that do not open the session, where others could."""
