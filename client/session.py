@@ -77,6 +77,7 @@ class Session:
         self._requested_length = max_length
         self._journal = Journal()
         self._order: tuple[int, ...] = ()
+        self._width = 0  # of hidden states
         self._core: SessionCore | None = None
         self._legs: dict[int, Leg] = {}
         self._nursery: trio.Nursery | None = None
@@ -172,6 +173,7 @@ class Session:
             self._order = tuple(order)
             self._journal.reorder(order)
             session.reordered()
+        self._width = hidden.shape[2]
         for part in hidden.split(self._piece_tokens(hidden), dim=1):
             self._journal.add(part.contiguous())
         self.position = self._journal.end
@@ -481,14 +483,14 @@ class Session:
             return None
         if len(message.tensors) != 1:
             raise errors.RemoteProtocolError(f"{len(message.tensors)} tensors")
-        tensor, sent = message.tensors[0], self._journal.get(0, 1)
-        if tensor.shape != (sent.shape[0], tokens, sent.shape[2]):
+        tensor = message.tensors[0]
+        if tensor.shape != (self.batch, tokens, self._width):
             raise errors.RemoteProtocolError("another shape")
         try:
             hidden = from_wire(tensor.dtype, tensor.shape, tensor.data)
         except BadInput as error:
             raise errors.RemoteProtocolError(str(error)) from error
-        if hidden.dtype != sent.dtype or not torch.isfinite(hidden).all():
+        if hidden.dtype != torch.float32 or not torch.isfinite(hidden).all():
             raise errors.RemoteProtocolError("values that are not finite or of another type")
         return hidden
 

@@ -16,7 +16,6 @@ Drive it with events, and carry out what :meth:`SessionCore.advance` returns.
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,8 +27,6 @@ from net.errors import NetError
 from net.identity import PeerId
 from net.protocol.announcement import NodeAnnouncement, Numerics
 from net.protocol.session import MAX_AHEAD
-
-_log = logging.getLogger(__name__)
 
 MAX_RUNS: Final = MAX_AHEAD - 2
 MIN_PATIENCE_S: Final = 2.0  # with a step, before nodes are asked where it is; or so many times what is usual:
@@ -273,7 +270,7 @@ class SessionCore:
 
     Attributes:
         legs: The chain, by blocks; there may be gaps in it.
-        error: Why the request that was made last cannot be done; set once, taken by who made it.
+        error: Why the request that was made last cannot be done; until the next one.
         outputs: Results of the model for tokens ``[position, end)`` that were asked for.
         numerics: The class that the session keeps to.
         reports: What a user should hear about, in order; taken by the driver.
@@ -321,6 +318,7 @@ class SessionCore:
         self._probe: _Probe | None = None
         self._unlinked: set[tuple[PeerId, PeerId]] = set()  # who must not hand on to whom
         self._took: deque[float] = deque(maxlen=200)  # seconds of steps that were decoded
+        self._patience_s = MIN_PATIENCE_S
 
     # What is asked for
 
@@ -467,6 +465,7 @@ class SessionCore:
         leg = self._find(key)
         if leg is not None:
             leg.lost = True
+            self._look_at = 0.0
 
     def interrupted(self, key: int, now: float) -> None:
         """A leg goes on over another stream; answers that were on their way are lost."""
@@ -532,7 +531,7 @@ class SessionCore:
             if self.failed_peers.pop(each.peer_id, None) is not None or run.number % _PRAISE_EVERY == 0:
                 self.successes.append(each.peer_id)
         if is_last and run.source is None and run.end - run.position == 1 and leg is self.legs[-1]:
-            self._took.append(now - run.asked_at)
+            self._note_seconds(now - run.asked_at)
         if not is_last:  # those behind it lack this piece, and all that comes after
             self._unlink(leg, now)
             self._give_up_runs()
@@ -610,7 +609,7 @@ class SessionCore:
         if self._probe is not None:
             times.append(self._probe.until)
         elif self._runs and not self._waits_for_lost():
-            times.append(self._moved_at + self._patience_s())
+            times.append(self._moved_at + self._patience_s)
         return max(now, min(times)) if times else _NEVER
 
     # The chain
@@ -960,10 +959,11 @@ class SessionCore:
 
     # Steps that take long
 
-    def _patience_s(self) -> float:
-        took = sorted(self._took)
-        usual = took[int(0.99 * (len(took) - 1))] if took else 0.0
-        return max(MIN_PATIENCE_S, PATIENCE_FACTOR * usual)
+    def _note_seconds(self, seconds: float) -> None:
+        """How long a decoded step took; what is usual follows, and how long to be patient."""
+        self._took.append(seconds)
+        usual = sorted(self._took)[int(0.99 * (len(self._took) - 1))]
+        self._patience_s = max(MIN_PATIENCE_S, PATIENCE_FACTOR * usual)
 
     def _waits_for_lost(self) -> bool:
         return any(leg.lost for run in self._runs.values() for leg in run.through)
@@ -975,7 +975,7 @@ class SessionCore:
             self._probe = None
             return
         if probe is None:
-            if now - self._moved_at >= self._patience_s():
+            if now - self._moved_at >= self._patience_s:
                 run = self._runs[min(self._runs)]
                 self._probe = _Probe(run=run, until=now + PROBE_S)
                 self._actions.extend(Ask(leg=leg.key, run=run.number) for leg in run.through)
@@ -1058,6 +1058,7 @@ class SessionCore:
             self._wants_fresh = True
             self._look_at = now + 2 * LOOK_S
             return
+        self._wants_fresh = False
         self._spares_for = going
         for hop in hops:
             self._add(hop, self._spares, now)
