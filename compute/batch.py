@@ -134,6 +134,15 @@ class Runner:
         errors |= {piece.work: error for piece, error in zip(pieces, outcomes, strict=True) if error is not None}
         return [errors.get(piece.work) for piece in plan.pieces]
 
+    def kept(self, slot: Slot, start: int, stop: int) -> Tensor:
+        """What whole chunks of tokens ``[start, stop)`` gave, which a slot has kept.
+
+        Shapes:
+            returns: [b, stop - start, d]
+        """
+        outputs = self._memory[slot].outputs
+        return torch.cat([outputs[end] for end in sorted(outputs) if start < end <= stop], dim=1)
+
     def clear(self) -> None:
         """Let all memory go."""
         for slot in list(self._memory):
@@ -235,7 +244,7 @@ class Runner:
         work.outputs = []
         if work.prefix and work.place is not None and work.place.shared_slot is not None:
             kept = self._memory[work.place.shared_slot].outputs
-            work.outputs += [kept[end] for end in sorted(kept) if end <= work.prefix]
+            work.outputs += [kept[end] for end in sorted(kept) if work.position - work.prefix < end <= work.position]
         if work.every_block:
             work.outputs = [work.hidden.new_empty(len(work.span), *work.hidden.shape)]  # [n, b, t, d]
 
@@ -266,7 +275,7 @@ class Runner:
         output = hidden.to(device="cpu", dtype=work.hidden.dtype)
         work.outputs.append(output)
         if cache is not None and work.kept_chunk == piece.stop - piece.start:
-            cache.own.outputs[piece.stop] = output
+            cache.own.outputs[work.position + piece.stop] = output
 
 
 def _each_block(piece: Piece, hidden: Tensor, cache: KVCache | None, position: int) -> Tensor:

@@ -58,6 +58,8 @@ class _Session:
         padding: How many tokens of padding each row begins with, by :meth:`Engine.open_session`, [b], or ``None``.
         pads: The same after rows have changed places.
         waiting: Steps that wait or run.
+        asked: Steps that have been asked for.
+        hashed: Its first tokens, as far as they came in whole chunks one after another, and their digest so far.
         closing: It takes no new steps, and ends after those.
         closed: Set when it has ended.
     """
@@ -70,6 +72,8 @@ class _Session:
     padding: Tensor | None = None
     pads: Tensor | None = None
     waiting: int = 0
+    asked: int = 0
+    hashed: tuple[int, hashlib._Hash] | None = None
     closing: bool = False
     closed: trio.Event = field(default_factory=trio.Event)
 
@@ -308,9 +312,16 @@ class Engine:
         prefixes: list[tuple[int, bytes]] = []
         shared = 0
         shares = self.settings.share_prefixes and not every_block
-        if not fits and position == 0 and places is None and shares:
-            prefixes = await self._digests(opened, hidden)
-            shared = self._begin_with(opened, prefixes, tokens)
+        hashed, opened.hashed = opened.hashed, None
+        opened.asked += 1
+        if not fits and places is None and shares:
+            prefixes = await self._digests(opened, hidden, position, hashed)
+            shared = self._begin_with(opened, prefixes, position)
+            if shared == tokens:
+                opened.pads = opened.padding
+                return await self._kept(opened, position, rows, tokens)
+            if position + shared and self._slots.place(opened.key).shared:
+                prefixes = []  # others can begin with those that it began with itself
         work = Work(
             kind=kind,
             span=opened.span,
@@ -319,9 +330,9 @@ class Engine:
             order=places,
             every_block=every_block,
             prefix=shared,
-            kept_chunk=self._chunk(opened) if prefixes and not shared else 0,
+            kept_chunk=self._chunk(opened) if prefixes else 0,
         )
-        request = _Request(work=work, session=opened, prefixes=() if shared else prefixes)
+        request = _Request(work=work, session=opened, prefixes=prefixes)
         job = Job(
             peer=opened.peer,
             session=opened.key,
@@ -335,7 +346,7 @@ class Engine:
             await self._submit(job, request)
         except EngineBusy:
             if shared:
-                self._reset(opened)
+                self._undo(opened, work)
             raise
         return work.result()
 
@@ -483,36 +494,57 @@ class Engine:
 
     # Prefixes
 
-    async def _digests(self, opened: _Session, hidden: Tensor) -> list[tuple[int, bytes]]:
-        """Digests of a step's first chunks, by tokens; of all but the last one, which is computed in any case."""
-        chunk = self._chunk(opened)
-        if hidden.shape[1] <= chunk:
+    async def _digests(
+        self, opened: _Session, hidden: Tensor, position: int, hashed: tuple[int, hashlib._Hash] | None
+    ) -> list[tuple[int, bytes]]:
+        """Digests of all of a session's tokens up to the end of each whole chunk of a step, by these ends.
+
+        There are none unless all that lies before the step came in whole chunks, too.
+        """
+        chunk, asked = self._chunk(opened), opened.asked
+        if hidden.shape[1] < chunk or (position and (hashed is None or hashed[0] != position)):
             return []
 
-        def digests() -> list[tuple[int, bytes]]:
-            pads = None if opened.padding is None else opened.padding.tolist()
-            hasher = hashlib.sha256(f"{hidden.dtype} {opened.rows} {chunk} {pads}".encode())
+        def digests() -> tuple[list[tuple[int, bytes]], hashlib._Hash]:
+            if position and hashed is not None:
+                hasher = hashed[1].copy()
+            else:
+                pads = None if opened.padding is None else opened.padding.tolist()
+                hasher = hashlib.sha256(f"{hidden.dtype} {opened.rows} {chunk} {pads}".encode())
             found: list[tuple[int, bytes]] = []
-            for end in range(chunk, hidden.shape[1], chunk):
+            for end in range(chunk, hidden.shape[1] + 1, chunk):
                 hasher.update(tensor_bytes(hidden[:, end - chunk : end].cpu().contiguous()))
-                found.append((end, hasher.digest()))
-            return found
+                found.append((position + end, hasher.digest()))
+            return found, hasher
 
-        return await trio.to_thread.run_sync(digests, abandon_on_cancel=True)
+        found, hasher = await trio.to_thread.run_sync(digests, abandon_on_cancel=True)
+        if opened.asked == asked:  # else other tokens may come in their place
+            opened.hashed = found[-1][0], hasher
+        return found
 
     def _chunk(self, opened: _Session) -> int:
         """Tokens of a row in a chunk."""
         return max(1, self.settings.chunk_tokens // opened.rows)
 
-    def _begin_with(self, opened: _Session, prefixes: Sequence[tuple[int, bytes]], tokens: int) -> int:
-        """How many of a session's first tokens another one has; it reads them there from now on."""
+    def _begin_with(self, opened: _Session, prefixes: Sequence[tuple[int, bytes]], position: int) -> int:
+        """How many tokens of a step at ``position`` another session has; this one reads them there from now on."""
         self._check_running()
-        if self._session(opened.key).waiting:
+        if not prefixes or self._session(opened.key).waiting:
             return 0
         place = self._slots.place(opened.key)
-        if place.slot is not None or place.shared_slot is not None:
+        if place.slot is not None or not place.shared == place.length == position:
             return 0
-        return self._slots.begin_with(opened.key, prefixes, trio.current_time())
+        return self._slots.begin_with(opened.key, prefixes, trio.current_time()) - position
+
+    async def _kept(self, opened: _Session, position: int, rows: int, tokens: int) -> Tensor:
+        """What a step gives that another session has done as a whole."""
+        slot = self._slots.place(opened.key).shared_slot
+        if slot is None:
+            raise ValueError("a step that is shared, with nobody")
+        result = await self._thread.run(lambda _: self._runner.kept(slot, position, position + tokens))
+        self._steps += 1
+        self._tokens += rows * tokens
+        return result
 
     # From the request to the plan
 
@@ -648,7 +680,7 @@ class Engine:
                 self._forget(session.key)
                 self._follow(self._slots.close(session.key))
             elif not finished and (work.prefix or (work.order is not None and request.reserved)):
-                self._reset(session)  # it has more than the caller knows, or whether rows changed places nobody knows
+                self._undo(session, work)  # it has more than the caller knows, or nobody knows the order of its rows
             self._close_if_idle(session)
         if finished and self._watcher is not None and request.began_at is not None:
             waited_s, took_s = request.began_at - request.asked_at, trio.current_time() - request.asked_at
@@ -675,14 +707,17 @@ class Engine:
         session, work = request.session, request.work
         if session is None or session.waiting or session.key not in self._sessions:
             return
-        if work.prefix or work.order is not None:
-            self._reset(session)
-        else:
-            self._slots.set_back(session.key, work.position, trio.current_time())
+        self._undo(session, work)
 
-    def _reset(self, session: _Session) -> None:
-        if session.key in self._sessions or session.key in self._closing:
-            self._follow(self._slots.reset(session.key, trio.current_time()))
+    def _undo(self, session: _Session, work: Work) -> None:
+        """Have a session as it was before a step, as far as that is known; the step is over."""
+        if session.key not in self._sessions and session.key not in self._closing:
+            return
+        begins, now = work.position - work.prefix, trio.current_time()
+        if work.order is not None or (work.prefix and not begins):
+            self._follow(self._slots.reset(session.key, now))
+        else:
+            self._slots.set_back(session.key, begins, now)
 
     def _follow(self, change: Change, work: Work | None = None) -> None:
         """Have the thread do to memory what the books say, and forget sessions that are gone."""

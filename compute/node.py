@@ -42,6 +42,7 @@ from net.dht import keys
 from net.dht.service import Dht
 from net.errors import NetError, RpcError
 from net.host import Host
+from net.identity import PeerId
 from net.mux.base import Stream
 from net.nurseries import open_service_nursery
 from net.perf import serve_perf
@@ -73,6 +74,7 @@ class Node:
         self._leaving: list[Serving] = []
         self._linear = settings.linear or ""
         self._length = 0  # of spans that we choose
+        self._first: frozenset[PeerId] = frozenset()  # who was online before us
         self._worth = Worth(host, dht, checkpoint, settings)
         self._neighbours = Neighbours(host, self._others_alike, self._served_span)
         self._waiting = Waiting(lambda: total(serving.engine.stats for serving in self._servings).waiting)
@@ -134,16 +136,14 @@ class Node:
         task_status: trio.TaskStatus[NodeAnnouncement],
     ) -> None:
         async with open_service_nursery() as nursery:
-            await self._come_up(nursery, progress)
-            if self.metrics is not None:
-                self.metrics.read_from(lambda: total(serving.engine.stats for serving in self._servings))
             serve_perf(self._host)
             self._host.handle(wire.PROTOCOL_ID, self._serve)
             self._host.handle(wire.PUSH_PROTOCOL_ID, self._serve_pushes)
-            self.announcement = self._offer_loaded(self.engine)
-            await self._announce()
+            if self.metrics is not None:
+                self.metrics.read_from(lambda: total(serving.engine.stats for serving in self._servings))
+            await self._come_up(nursery, progress)
             scope.shield = True  # from now on there may be sessions
-            task_status.started(self.announcement)
+            task_status.started(self._offer_loaded(self.engine))
             nursery.start_soon(self._worth.watch, self._current_engine, self._announce_speed)
             nursery.start_soon(self._neighbours.watch, self._dht.renew)
             nursery.start_soon(self._waiting.watch)
@@ -212,10 +212,12 @@ class Node:
     # Which blocks, at the start
 
     async def _come_up(self, nursery: trio.Nursery, progress: Callable[[int, int], None] | None) -> None:
-        """Choose a span, load it and measure; another one when it turns out to be somebody else's.
+        """Choose a span, load it, measure, and announce that it is served; another one when it turns out to be somebody
+        else's.
 
-        (Who looked before we announced and announced after we had looked was not seen the first time. Nothing that
-        takes long may come after the last look.)
+        Who comes up does not see who has looked but not announced, so everybody looks again after each announcement.
+        Of two that want the same, the one that announced first has gone online before the other one's first look, and
+        stands; or else it sees the other one in its last look, and the lower PeerId stands.
         """
         for rounds_left in reversed(range(PLACEMENT_ROUNDS)):
             start, end = await self._settle()
@@ -223,7 +225,11 @@ class Node:
             await self._worth.find(serving.engine, self._linear)
             if not rounds_left or await self._may_stay(start, end):
                 self._serving = serving
-                return
+                self.announcement = self._offer_loaded(serving.engine)
+                await self._announce()
+                if not rounds_left or await self._may_stay(start, end):
+                    return
+                self._serving = None
             await serving.drain(0)
             del serving  # before others are loaded
 
@@ -249,24 +255,33 @@ class Node:
         or another node has the right to these very blocks, and there are others that are served less.
         """
         others = await self._others()
+        stand = self._standing(others)
+        if self._serving is None:
+            self._first = frozenset(node.peer_id for node in others if node.state == "online")
         loaded = self._linear
-        await self._choose_linear(self._first(others))
+        await self._choose_linear(stand)
         if self._linear != loaded:
             self._length = 0  # as many as fit in the new form
             return False
         if self._settings.span is not None:
             return True
-        rivals = self._senior(self._alike(others), (start, end))
+        rivals = self._alike(self._standing(others, beside=(start, end)))
         better = choose_span(self._checkpoint.n_blocks, end - start, rivals)
         return better == (start, end) or all((node.start, node.end) != (start, end) for node in rivals)
 
-    def _senior(self, nodes: list[NodeAnnouncement], span: tuple[int, int]) -> list[NodeAnnouncement]:
-        """Those whose choice stands: all but those that want ``span`` too, still join, and have a higher PeerId."""
+    def _standing(
+        self, nodes: list[NodeAnnouncement], *, beside: tuple[int, int] | None = None
+    ) -> list[NodeAnnouncement]:
+        """Those whose choice stands, so that ours has to go by it: who was online before us, and lower PeerIds; with
+        ``beside``, also whoever wants other blocks.
+        """
         own = self._host.peer_id.to_bytes()
         return [
             node
             for node in nodes
-            if node.state == "online" or node.peer_id.to_bytes() < own or (node.start, node.end) != span
+            if node.peer_id.to_bytes() < own
+            or (node.state == "online" and (self._serving is None or node.peer_id in self._first))
+            or (beside is not None and (node.start, node.end) != beside)
         ]
 
     async def _settle(self) -> tuple[int, int]:
@@ -284,10 +299,10 @@ class Node:
         for _ in range(PLACEMENT_ROUNDS):
             self.announcement = self._offer(*span)
             await self._announce()
-            seniors = self._senior(await self._others(), span)
+            others = await self._others()
             announced = self._linear
-            await self._choose_linear(self._first(seniors))
-            better = choose_span(n_blocks, self._length, self._alike(seniors))
+            await self._choose_linear(self._standing(others))
+            better = choose_span(n_blocks, self._length, self._alike(self._standing(others, beside=span)))
             if better == span and announced == self._linear:  # else others would take us for another class
                 break
             span = better
@@ -302,22 +317,25 @@ class Node:
             length = count_fitting([free_bytes(device) for device in devices], block_bytes)
         return min(length, self._checkpoint.n_blocks)
 
-    def _first(self, nodes: list[NodeAnnouncement]) -> list[NodeAnnouncement]:
-        """Those who are there before us: online, or with a lower PeerId."""
-        own = self._host.peer_id.to_bytes()
-        return [node for node in nodes if node.state == "online" or node.peer_id.to_bytes() < own]
-
     async def _choose_linear(self, others: list[NodeAnnouncement]) -> None:
-        """The form of weights in which most blocks are served already; the fastest one here, if none is."""
+        """The form of weights in which most blocks are served already; where none are, that of the lowest PeerId; the
+        fastest one here, if there is nobody.
+        """
         if self._settings.linear is not None:
             return
-        blocks = Counter[str]()
+        blocks, joining = Counter[str](), dict[bytes, str]()
         for node in others:
             name = linear_name(node.numerics, self._settings.devices[0])
-            if name is not None:
+            if name is None:
+                continue
+            if node.state == "online":
                 blocks[name] += node.end - node.start
+            else:
+                joining[node.peer_id.to_bytes()] = name
         if blocks:
             self._linear = max(sorted(blocks), key=blocks.__getitem__)
+        elif joining:
+            self._linear = joining[min(joining)]
         elif not self._linear:
             self._linear = await trio.to_thread.run_sync(self._probe, abandon_on_cancel=True)
 

@@ -389,33 +389,36 @@ class Slots:
         return True
 
     def begin_with(self, session: Hashable, digests: Iterable[tuple[int, bytes]], now: float) -> int:
-        """Begin an empty session with tokens that another has, of the same peer unless all may share.
+        """Begin a session with tokens that another has, of the same peer unless all may share; or go on with more of
+        these.
 
         Args:
-            session: One without tokens.
+            session: One without tokens of its own.
             digests: What it is about to write: digests of its first tokens, for several numbers of them.
             now: The time.
 
         Returns:
-            How many it now has: the most that are there, or 0.
+            How many it now has: the most that are there, or as many as before.
 
         Raises:
             BadInput: ``no-session``.
             ValueError: The session has begun already.
         """
         known = self._session(session)
-        if known.busy or known.own or known.source:
+        if known.busy or known.own or known.length != known.shared:
             raise ValueError(f"session {session!r} has begun already")
         for tokens, digest in sorted(digests, reverse=True):
             holding = self._directory.get(self._prefix_key(known, tokens, digest))
-            if holding is None or tokens > known.max_length:
+            if holding is None or not known.shared < tokens <= known.max_length:
+                continue
+            if known.source not in (None, holding):
                 continue
             known.source = holding
             holding.readers.add(known.key)
             known.shared = known.length = tokens
             known.used_at = now
             return tokens
-        return 0
+        return known.shared
 
     def _prefix_key(self, known: _Session, tokens: int, digest: bytes) -> Hashable:
         whose = () if self.settings.share_between_peers else (known.peer,)

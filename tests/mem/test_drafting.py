@@ -8,6 +8,8 @@ import pytest
 import torch
 import trio
 
+import client.drafting.runner
+from client.drafting.policy import DraftPolicy
 from client.errors import InvalidInput
 from tests.mem.conftest import Reference
 from tests.mem.swarms import blocking, generate, swarm_of
@@ -19,9 +21,25 @@ PROMPTS = {
 }
 
 
+class SteadyPolicy(DraftPolicy):
+    """Is told that steps take what they would through the internet, so that a busy machine does not change its mind."""
+
+    def observe_alone(self, tokens: int, seconds: float) -> None:
+        super().observe_alone(tokens, 0.02 + 0.0005 * tokens)
+
+    def observe_own(self, seconds: float) -> None:
+        super().observe_own(0.0)
+
+    def observe_wait(self, seconds: float, *, plain: bool) -> None:
+        super().observe_wait(0.02, plain=plain)
+
+
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True, "temperature": 0.7, "seed": 5}])
-async def test_drafted_tokens_are_those_of_one_machine(tiny: Reference, prompt: str, options: dict[str, Any]) -> None:
+async def test_drafted_tokens_are_those_of_one_machine(
+    tiny: Reference, prompt: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.drafting.runner, "DraftPolicy", SteadyPolicy)
     ids = PROMPTS[prompt]
     async with swarm_of(tiny.folder, SPANS) as swarm:
         model = await swarm.model(tiny.folder)

@@ -18,7 +18,9 @@ from compute.node import Node
 from compute.node_settings import NodeSettings
 from compute.probe import Probe
 from net.dht import keys
+from net.dht.service import Dht
 from net.errors import RpcError
+from net.host import open_host
 from net.identity import Identity
 from net.protocol.announcement import DIRECTORY, KIND, NodeAnnouncement, read_all
 from tests.mem.conftest import Reference
@@ -183,14 +185,18 @@ async def test_a_node_that_cannot_load_takes_its_word_back(odd: Reference, monke
     def fails(*_: Any, **__: Any) -> None:
         raise CheckpointError("shard 2 is missing")
 
-    async with swarm_of() as swarm:
-        witness = await swarm.add_node(odd.folder, (0, 1))
+    async with (
+        swarm_of(odd.folder, [(0, 1)]) as swarm,
+        open_host(Identity.generate(), transports=(swarm.network.transport(),)) as host,
+    ):
         monkeypatch.setattr(Checkpoint, "load_span", fails)
-        broken = Node(witness.host, witness.dht, Checkpoint.open(odd.folder), NodeSettings(engine=ENGINE))
+        dht = Dht(host, server=True)
+        await dht.join([swarm.bootstrap])
+        broken = Node(host, dht, Checkpoint.open(odd.folder), NodeSettings(engine=ENGINE))
         with pytest.raises(CheckpointError, match="shard 2"):
             await broken.run()
         assert broken.stats == (0, 0)
-        assert await announced(swarm) == []
+        assert [offer.peer_id for offer in await announced(swarm)] == [swarm.nodes[0].peer_id]
 
 
 async def test_leaving_withdraws_and_frees(odd: Reference) -> None:

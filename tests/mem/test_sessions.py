@@ -110,6 +110,31 @@ async def test_a_session_computes_again_only_what_differs(odd: Reference) -> Non
         await blocking(changed_prompts)
 
 
+async def test_sessions_that_begin_alike_share_it_on_every_node(odd: Reference) -> None:
+    ids = torch.randint(3, 300, (1, 600), generator=torch.Generator().manual_seed(3))
+    async with swarm_of(odd.folder, TWO) as swarm:
+        model = await swarm.model(odd.folder)
+
+        def both() -> None:
+            with model.session() as one, model.session() as two:
+                for session in (one, two):
+                    assert greedy(model, ids, 3, session=session) == greedy(odd.model, ids, 3)
+
+        async def shared() -> list[int]:
+            engines = [serving.engine for node in swarm.nodes for serving in node.node._servings]
+            return [max(engine._slots.place(key).shared for key in engine._sessions) for engine in engines]
+
+        def in_the_midst() -> list[int]:
+            with model.session() as one, model.session() as two:
+                greedy(model, ids, 3, session=one)
+                greedy(model, ids, 3, session=two)
+                found: list[int] = trio.from_thread.run(shared)
+            return found
+
+        await blocking(both)
+        assert await blocking(in_the_midst) == [512, 512]
+
+
 async def test_two_sessions_do_not_disturb_each_other(odd: Reference) -> None:
     async with swarm_of(odd.folder, TWO) as swarm:
         model = await swarm.model(odd.folder)

@@ -330,6 +330,38 @@ async def test_who_begins_alike_computes_the_beginning_once() -> None:
         assert engine.stats.cache_used_tokens == 0
 
 
+async def test_prompts_that_come_in_pieces_share_what_is_alike() -> None:
+    """As clients send them: a chunk at a time, so that the next node begins before the last one has come."""
+    prompt = hidden_states(1, 130)
+    other = torch.cat([prompt[:, :90], hidden_states(1, 40, seed=9)], dim=1)
+
+    async def in_pieces(engine: Engine, hidden: Tensor) -> tuple[int, Tensor]:
+        session = await engine.open_session(batch=1, max_length=140, peer="p")
+        parts = [await engine.step(session, hidden[:, at : at + 40], at) for at in range(0, 130, 40)]
+        return session, torch.cat([*parts, await engine.step(session, prompt[:, :1], 130)], dim=1)
+
+    async with running(make_span(), EngineSettings(chunk_tokens=40, share_prefixes=False)) as engine:
+        expected = [(await in_pieces(engine, hidden))[1] for hidden in (prompt, other)]
+    async with running(make_span(), EngineSettings(chunk_tokens=40)) as engine:
+        first, output = await in_pieces(engine, prompt)
+        assert torch.equal(output, expected[0])
+        second, output = await in_pieces(engine, prompt)
+        assert torch.equal(output, expected[0])
+        third, output = await in_pieces(engine, other)
+        assert torch.equal(output, expected[1])
+        assert [engine._slots.place(each).shared for each in (first, second, third)] == [0, 120, 80]
+        # A session that goes back writes something else behind what it shares, and offers nothing that it has not.
+        await engine.step(second, other[:, 80:120], 80)
+        assert torch.equal(await engine.step(second, other[:, 120:], 120), expected[1][:, 120:130])
+        _, output = await in_pieces(engine, prompt)
+        assert torch.equal(output, expected[0])
+        await engine.step(first, other[:, 80:120], 80)
+        _, output = await in_pieces(engine, prompt)
+        assert torch.equal(output, expected[0])
+        _, output = await in_pieces(engine, other)
+        assert torch.equal(output, expected[1])
+
+
 async def test_prefixes_are_not_shared_between_peers_or_by_other_rows() -> None:
     prompt = hidden_states(2, 100)
     async with running(make_span(), EngineSettings(chunk_tokens=40)) as engine:

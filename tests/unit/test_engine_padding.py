@@ -106,7 +106,12 @@ async def test_prefixes_are_shared_among_those_with_the_same_padding() -> None:
     hidden = hidden_states(2, 100)
     given: dict[str, Tensor] = {}
     async with running(SPAN, EngineSettings(chunk_tokens=40)) as engine:
-        for name, pads, shared in [("none", None, 0), ("one", [0, 30], 0), ("two", [30, 0], 0), ("again", [0, 30], 80)]:
+        for name, pads, shared in [
+            ("none", None, 0),
+            ("one", [0, 30], 0),
+            ("two", [30, 0], 0),
+            ("again", [0, 30], 100),
+        ]:
             session = await engine.open_session(batch=2, max_length=110, pads=pads)
             given[name] = await engine.step(session, hidden, 0)
             given[name + "+"] = await engine.step(session, hidden[:, :1], 100)
