@@ -11,6 +11,7 @@ import itertools
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 import trio
@@ -97,13 +98,14 @@ class Leg:
     Attributes:
         key: the core's number of it.
         hop: which blocks, and who has them.
-        push_token: by which other nodes may hand on to it; known once it is open.
     """
 
-    def __init__(self, key: int, hop: Hop, host: Host, find_nodes: FindNodes, events: LegEvents) -> None:
+    def __init__(
+        self, key: int, hop: Hop, request: wire.Open, host: Host, find_nodes: FindNodes, events: LegEvents
+    ) -> None:
         self.key = key
         self.hop = hop
-        self.push_token = b""
+        self._request = request
         self._host = host
         self._node = hop.node
         self._find_nodes = find_nodes
@@ -111,7 +113,10 @@ class Leg:
         self._stream: Stream | None = None
         self._messages: MessageStream | None = None
         self._connection: Connection | None = None
-        self._token = b""
+        self._token = b""  # by which the session can be resumed, once it is open
+        self._opened: trio.Event | None = None  # the question whether it can be has been answered
+        self._refused: errors.RpcError | None = None  # in this way
+        self._asks_first = trio.Event()  # what is to be sent goes behind that question
         self._numbers = itertools.count(OWN_QUESTIONS)
         self._asked: dict[int, tuple[str, int]] = {}  # questions that are no steps: of what kind, about what
         self._outbox, self._outlet = trio.open_memory_channel[Pieces](math.inf)
@@ -121,15 +126,15 @@ class Leg:
         self._attempt = trio.CancelScope()  # at reaching a node that is lost
         self._scope = trio.CancelScope()
 
-    async def run(self, request: wire.Open) -> None:
+    async def run(self) -> None:
         """Open the session, and keep it until :meth:`end` or the node's failure.
 
         Cancellation: frees the session on its node, within a second.
         """
         try:
             with self._scope:
-                await self._open(request)
-                self._events.leg_opened(self)
+                self._stream, self._connection = await self._open_stream(OPEN_TIMEOUT_S)
+                self._messages = MessageStream(self._stream)
                 while True:
                     error = await self._talk()
                     if not self._may_return(error):
@@ -170,9 +175,8 @@ class Leg:
 
     def link(self, following: Leg) -> None:
         """Have its node reach another leg's."""
-        link = wire.Link(
-            peer_id=following.hop.node.peer_id, addresses=following.hop.node.addresses, token=following.push_token
-        )
+        node = following.hop.node
+        link = wire.Link(peer_id=node.peer_id, addresses=node.addresses, token=following._request.push_token)
         self._question("link", following.key, link.to_fields())
 
     def ask_where(self, number: int) -> None:
@@ -180,33 +184,65 @@ class Leg:
         self._question("where", number, {"of": number})
 
     def _question(self, method: str, about: int, fields: Mapping[str, Any]) -> None:
+        self._outbox.send_nowait(self._asking(method, about, fields))
+
+    def _asking(self, method: str, about: int, fields: Mapping[str, Any]) -> Pieces:
         number = next(self._numbers)
         self._asked[number] = method, about
-        self.send(Message(header={**fields, "m": method, "id": number}))
+        return encode(Message(header={**fields, "m": method, "id": number}))
 
     # The stream
 
-    async def _open(self, request: wire.Open) -> None:
-        """Begin the session.
+    async def _open(self) -> None:
+        """Have the session opened, again while the node is busy; what is to be sent goes right behind the question.
 
         Raises:
-            PeerFailed: the node cannot be reached, or does not want it.
+            PeerFailed: the node does not want it.
             InvalidInput: it is too much for the node.
         """
-        peer_id = self._node.peer_id
-        self._stream, self._connection = await self._open_stream(OPEN_TIMEOUT_S)
-        self._messages = MessageStream(self._stream)
-        try:
-            answer = await self._ask(self._messages, "open", request.to_fields(), OPEN_TIMEOUT_S)
-        except errors.RpcError as error:
-            if error.code in CALLERS_FAULT:
-                raise InvalidInput(error.message) from error
-            raise errors.PeerFailed(peer_id, str(error)) from error
-        try:
-            self._token = wire.read_token(answer.header)
-            self.push_token = wire.read_token(answer.header, "push_token")
-        except errors.RemoteProtocolError as error:
-            raise errors.PeerFailed(peer_id, f"opened a session with {error}") from error
+        peer_id, why = self._node.peer_id, ""
+        for tries_left in reversed(range(BUSY_TRIES)):
+            self._opened, self._refused = trio.Event(), None
+            if self._messages is not None:
+                await self._messages.send(self._asking("open", 0, self._request.to_fields()))
+            self._asks_first.set()
+            with trio.move_on_after(OPEN_TIMEOUT_S) as scope:
+                await self._opened.wait()
+            if scope.cancelled_caught:
+                raise errors.PeerFailed(peer_id, f"no answer to 'open' in {OPEN_TIMEOUT_S:g} s")
+            refused = self._refused
+            if refused is None:
+                return
+            if refused.code in CALLERS_FAULT:
+                raise InvalidInput(refused.message) from refused
+            if refused.retry_after_s is None:
+                raise errors.PeerFailed(peer_id, str(refused)) from refused
+            why = refused.message
+            if tries_left:
+                await trio.sleep(min(refused.retry_after_s, MAX_RETRY_AFTER_S))
+        raise errors.PeerFailed(peer_id, f"put off {BUSY_TRIES} times in a row: {why}")
+
+    def _take_opening(self, header: Mapping[str, Any], refused: errors.RpcError | None) -> None:
+        """Raises:
+        RemoteProtocolError: opened without a token.
+        """
+        if refused is None:
+            self._token = wire.read_token(header)
+            self._events.leg_opened(self)
+        else:
+            self._refused = refused
+            if refused.retry_after_s is not None:
+                self._asks_first = trio.Event()
+                self._asked.clear()
+                self._unsend()
+                self._events.leg_interrupted(self)  # what came right behind the question has been refused, too
+        if self._opened is not None:
+            self._opened.set()
+
+    def _unsend(self) -> None:
+        """Drop what has not been sent yet: it is decided anew."""
+        self._outbox.close()
+        self._outbox, self._outlet = trio.open_memory_channel[Pieces](math.inf)
 
     async def _open_stream(self, timeout_s: float, *, at_once: bool = False) -> tuple[Stream, Connection]:
         """Raises:
@@ -262,8 +298,12 @@ class Leg:
         raise errors.PeerFailed(self._node.peer_id, f"put off {BUSY_TRIES} times in a row: {why}")
 
     async def _talk(self) -> errors.PeerFailed:
-        """Send and read until that is not possible any more; why."""
-        failure = errors.PeerFailed(self._node.peer_id, "the stream is over")
+        """Send and read until that is not possible any more; why.
+
+        Raises:
+            InvalidInput: the session is too much for the node.
+        """
+        failure: errors.PeerFailed | InvalidInput = errors.PeerFailed(self._node.peer_id, "the stream is over")
         with trio.CancelScope() as scope:
             async with open_service_nursery() as nursery:
 
@@ -271,23 +311,38 @@ class Leg:
                     nonlocal failure
                     try:
                         await task()
+                    except (errors.PeerFailed, InvalidInput) as error:
+                        if not scope.cancel_called:
+                            failure = error
                     except (errors.NetError, trio.ClosedResourceError) as error:
                         if not scope.cancel_called:
                             failure = errors.PeerFailed(self._node.peer_id, str(error) or "the stream is closed")
                             failure.__cause__ = error
                     scope.cancel()
 
+                async def begin() -> None:
+                    if not self._token:
+                        await self._open()
+                    await trio.sleep_forever()
+
+                nursery.start_soon(guarded, begin)
                 nursery.start_soon(guarded, self._write)
                 nursery.start_soon(guarded, self._read)
                 nursery.start_soon(guarded, self._watch)
                 nursery.start_soon(guarded, self._wait_for_end)
+        if isinstance(failure, InvalidInput):
+            raise failure
         return failure
 
     async def _write(self) -> None:
         messages = self._messages
-        async for pieces in self._outlet:
-            if messages is not None:
-                await messages.send(pieces)
+        while messages is not None:
+            await self._asks_first.wait()
+            outlet = self._outlet
+            with suppress(trio.EndOfChannel):
+                pieces = await outlet.receive()
+                if outlet is self._outlet:
+                    await messages.send(pieces)
 
     async def _read(self) -> None:
         while self._messages is not None and (message := await self._messages.receive()) is not None:
@@ -309,7 +364,9 @@ class Leg:
             return
         method, about = self._asked.pop(number, ("", 0))
         refused = lane.read_refusal(header) if "e" in header else None
-        if method == "link":
+        if method == "open":
+            self._take_opening(header, refused)
+        elif method == "link":
             self._events.leg_linked(self, about, refused)
         elif method == "where" and refused is None:
             self._events.leg_placed(self, about, packing.field(header, "state", str, max_length=16))
@@ -340,7 +397,7 @@ class Leg:
 
     def _may_return(self, error: errors.PeerFailed) -> bool:
         """Whether the connection broke, and the node may be well."""
-        return isinstance(error.__cause__, errors.ConnectionLost | errors.StreamReset)
+        return bool(self._token) and isinstance(error.__cause__, errors.ConnectionLost | errors.StreamReset)
 
     async def _move(self) -> None:
         """Go on with the session over another stream.
@@ -362,11 +419,7 @@ class Leg:
                 raise
             old, self._stream, self._messages, self._connection = self._stream, stream, messages, connection
             self._asked.clear()
-            while True:  # what was to be sent on the old one is decided anew
-                try:
-                    self._outlet.receive_nowait()
-                except trio.WouldBlock:
-                    break
+            self._unsend()
             logger.info("goes on with %s at %s", self._node.peer_id, connection.remote)
             if old is not None:
                 await old.aclose()

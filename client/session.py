@@ -97,11 +97,10 @@ class Session:
         return [] if self._core is None else [leg.hop for leg in self._core.legs]
 
     async def prepare(self, batch: int) -> None:
-        """Open the chain for ``batch`` rows, if that has not been done. ``max_length`` is known afterwards.
+        """Choose a chain for ``batch`` rows, if that has not been done. ``max_length`` is known afterwards.
 
         Raises:
             MissingBlocks, UnknownModel: no chain.
-            SessionFailed: nodes refuse.
             InvalidInput: the session has another number of rows.
         """
         if self.batch not in (None, batch):
@@ -115,9 +114,13 @@ class Session:
             await self._until(lambda: session.ready)
         except BaseException:
             if not self.position:
-                await self.aclose()
-                self.batch = None
+                await self._forget_rows()
             raise
+
+    async def _forget_rows(self) -> None:
+        """Have a session that has not begun."""
+        await self.aclose()
+        self.batch = None
 
     async def step(
         self, hidden: torch.Tensor, order: Sequence[int] | None = None, *, keep: int | None = None
@@ -151,9 +154,11 @@ class Session:
             kept = min(keep or hidden.shape[1], hidden.shape[1])
             end = await self.begin(hidden, order, keep=kept)
             return await self.result(end - kept, end)
-        except BaseException:
+        except BaseException as error:
             self.stop()
             self.rollback(position)
+            if isinstance(error, InvalidInput) and not position:  # perhaps nodes do not take so many rows
+                await self._forget_rows()
             raise
 
     async def begin(self, hidden: torch.Tensor, order: Sequence[int] | None = None, *, keep: int | None = None) -> int:
@@ -316,8 +321,8 @@ class Session:
             case core.FindNodes(fresh=fresh):
                 nursery.start_soon(self._find, fresh)
             case core.Open(leg=key, hop=hop):
-                leg = self._legs[key] = Leg(key, hop, self._host, self._find_nodes, self)
-                nursery.start_soon(leg.run, self._request(hop))
+                leg = self._legs[key] = Leg(key, hop, self._request(hop), self._host, self._find_nodes, self)
+                nursery.start_soon(leg.run)
             case core.Close(leg=key):
                 self._legs.pop(key).end()
             case core.Link(leg=key, following=following):

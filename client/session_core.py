@@ -385,8 +385,8 @@ class SessionCore:
 
     @property
     def ready(self) -> bool:
-        """Whether the session is open on a whole chain."""
-        return bool(self.legs) and not self._gaps() and all(leg.is_open for leg in self.legs)
+        """Whether there is a whole chain. What is sent to a leg that is not open yet goes right behind the question."""
+        return bool(self.legs) and not self._gaps()
 
     @property
     def done(self) -> bool:
@@ -422,6 +422,9 @@ class SessionCore:
         if leg is not None:
             leg.is_open = True
             self._moved_at = now
+            for run in self._runs.values():
+                if leg in run.through:
+                    run.asked_at = now
 
     def failed(self, key: int, reason: str, now: float, *, blame: bool = True) -> None:
         """A leg is lost, for good.
@@ -608,7 +611,7 @@ class SessionCore:
         times.extend(time for time in hurry_at if time > now)
         if self._probe is not None:
             times.append(self._probe.until)
-        elif self._runs and not self._waits_for_lost():
+        elif self._runs and not self._waits_for_legs():
             times.append(self._moved_at + self._patience_s)
         return max(now, min(times)) if times else _NEVER
 
@@ -628,7 +631,7 @@ class SessionCore:
             self._look(now)
             return
         nodes, self._nodes = self._nodes, None
-        if not self._journal.end and not any(leg.is_open for leg in self.legs) and self.legs:
+        if not self._computed and not any(leg.is_open for leg in self.legs) and self.legs:
             for leg in list(self.legs):  # nothing is lost if another class of numerics is better now
                 self._drop(leg, now)
         try:
@@ -671,7 +674,7 @@ class SessionCore:
         """Hops of the session's class of numerics; of another only if the caller allows it."""
         before = next((leg.hop.node for leg in self.legs if leg.hop.end == start), None)
         after = next((leg.hop.node for leg in self.legs if leg.hop.start == end), None)
-        keeps_to = self.numerics if self._journal.end or self.legs else None
+        keeps_to = self.numerics if self._computed or self.legs else None
         try:
             return self._choose(nodes, start, end, avoid=avoid, numerics=keeps_to, before=before, after=after)
         except MissingBlocks:
@@ -702,9 +705,13 @@ class SessionCore:
         self._look_at = now + LOOK_S
 
     @property
+    def _computed(self) -> int:
+        """Of how many tokens the results have been there: those to come have to be like them."""
+        return self._journal.end if self._wanted_from is None else self._wanted_from
+
+    @property
     def _patience_with_nodes_s(self) -> float:
-        computed = self._journal.end if self._wanted_from is None else self._wanted_from
-        return WAIT_S if computed else OPENING_WAIT_S
+        return WAIT_S if self._computed else OPENING_WAIT_S
 
     def _out_of_patience(self, now: float) -> bool:
         """Whether nodes have failed for too long in this request. Its first failure starts the clock."""
@@ -756,6 +763,8 @@ class SessionCore:
             if wanted and (leg.peer_id, following.peer_id) not in self._unlinked:
                 leg.link_asked, leg.link_asked_at = True, now
                 self._actions.append(Link(leg=leg.key, following=following.key))
+                if not leg.tokens and _know_each_other(leg.hop.node, following.hop.node):
+                    leg.linked_to = following.key  # the first steps need not wait for their saying so
 
     def _unlink(self, leg: LegState, now: float) -> None:
         leg.linked_to, leg.link_asked = None, False
@@ -825,7 +834,8 @@ class SessionCore:
             source, end = before, min(self._journal.next_end(position), before.tokens)
         if with_order and end != self._journal.end:
             return False
-        if leg.link_asked and end - position >= BULK_TOKENS and now < leg.link_asked_at + LINK_WAIT_S:
+        waits_for_link = leg.link_asked and leg.linked_to is None and now < leg.link_asked_at + LINK_WAIT_S
+        if waits_for_link and end - position >= BULK_TOKENS:
             return False
         return self._begin_run(index, position, end, source, payload, now, with_order=with_order)
 
@@ -965,13 +975,14 @@ class SessionCore:
         usual = sorted(self._took)[int(0.99 * (len(self._took) - 1))]
         self._patience_s = max(MIN_PATIENCE_S, PATIENCE_FACTOR * usual)
 
-    def _waits_for_lost(self) -> bool:
-        return any(leg.lost for run in self._runs.values() for leg in run.through)
+    def _waits_for_legs(self) -> bool:
+        """Whether something is on its way to a leg that has yet to be reached, for which there are other deadlines."""
+        return any(leg.lost or not leg.is_open for run in self._runs.values() for leg in run.through)
 
     def _look_after(self, now: float) -> None:
         """Find out where a step is that takes long, and do without its node if others can take its place."""
         probe = self._probe
-        if not self._runs or self._waits_for_lost():
+        if not self._runs or self._waits_for_legs():
             self._probe = None
             return
         if probe is None:
@@ -1117,3 +1128,8 @@ class SessionCore:
         self._forget_passed()
         actions, self._actions = self._actions, []
         return actions
+
+
+def _know_each_other(one: NodeAnnouncement, other: NodeAnnouncement) -> bool:
+    """Whether one of two nodes has said how long the way to the other takes: it has gone it."""
+    return other.peer_id in one.round_trips or one.peer_id in other.round_trips

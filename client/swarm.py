@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING
 import trio
 
 from client.directory import Directory
-from client.errors import InvalidInput, UnknownModel
-from client.routing import runs_without
+from client.errors import InvalidInput, MissingBlocks, UnknownModel
+from client.routing import choose_chain, runs_without
 from net import addresses, errors
 from net.dht import keys
 from net.dht.service import Dht
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from client.session import Session
 
 PROBE_S = 2.0
+REACH_S = 8.0
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +178,26 @@ class AsyncSwarm:
         from client.portal import Portal
 
         served = await self.models()
-        return await trio.to_thread.run_sync(load, name, served, self, Portal(self._token))
+        model = await trio.to_thread.run_sync(load, name, served, self, Portal(self._token))
+        self._nursery.start_soon(self._reach_out, model.served.nodes)
+        return model
+
+    async def _reach_out(self, nodes: Sequence[NodeAnnouncement]) -> None:
+        """Connect to those that a session will probably go through: its first token then need not wait for that."""
+        try:
+            chain = choose_chain(nodes)
+        except MissingBlocks:
+            return
+        async with trio.open_nursery() as nursery:
+            for hop in chain:
+                nursery.start_soon(self._try_to_connect, hop.node)
+
+    async def _try_to_connect(self, node: NodeAnnouncement) -> None:
+        try:
+            with trio.move_on_after(REACH_S):
+                await self.host.connect(node.peer_id, node.addresses)
+        except errors.NetError as error:
+            logger.info("not connected to %s yet: %s", node.peer_id, error)
 
     async def _probe(self, node: NodeAnnouncement, found: list[Peer]) -> None:
         round_trip_s: float | None = None

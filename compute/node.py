@@ -81,6 +81,7 @@ class Node:
         self._pauses: set[str] = set()
         self._resumed = trio.Event()
         self._stay_until = -math.inf
+        self.opened = trio.Event()
         self._barred: dict[tuple[int, int], float] = {}  # spans that could not be loaded, and until when
         self.metrics = metrics
         self.announcement: NodeAnnouncement | None = None

@@ -37,6 +37,7 @@ __all__ = ["Ask", "Held", "Holder", "Serving"]
 logger = logging.getLogger(__name__)
 
 MAX_LEFT_PER_PEER: Final = 4  # sessions that wait to be resumed
+LINKING_S: Final = 1.5  # for a node that a step is to be handed on to, and that is about to be reached
 
 
 class Holder(Protocol):
@@ -70,6 +71,7 @@ class Held:
         holder: The stream that it belongs to; ``None`` while it waits to be resumed.
         push_token: Who knows it may hand steps on to this session.
         link: The next node, if the client has named one that we have reached.
+        linking: Set when it is known whether the one that was named last can be reached; ``None`` before one was.
         seen: The highest number of a step that was begun.
         recent: The numbers of what has ended, the last ones.
     """
@@ -82,6 +84,7 @@ class Held:
     outbox: Outbox
     holder: Holder | None
     link: PushLink | None = None
+    linking: trio.Event | None = None
     left_at: float = 0.0
     seen: int = 0
     recent: deque[int] = field(default_factory=lambda: deque(maxlen=4 * wire.MAX_AHEAD))
@@ -170,8 +173,8 @@ class Held:
         """Hand a result on, or tell the client."""
         unpushed = False
         if step.push:
-            link = self.link
-            if link is not None and not link.is_over:
+            link = await self._reached()
+            if link is not None:
                 following = replace(step, push=step.push - 1)
                 try:
                     await link.send(Message(header=following.to_fields(), tensors=[_tensor(result)]))
@@ -186,6 +189,13 @@ class Held:
         if not unpushed:
             result = result[:, max(0, result.shape[1] - step.keep) :]
         await self.answer(Message(header=header, tensors=[_tensor(result)] if result.shape[1] else ()))
+
+    async def _reached(self) -> PushLink | None:
+        """The next node, if it is reached soon."""
+        if (self.link is None or self.link.is_over) and self.linking is not None:
+            with trio.move_on_after(LINKING_S):
+                await self.linking.wait()
+        return None if self.link is None or self.link.is_over else self.link
 
 
 class Serving:
@@ -272,7 +282,10 @@ class Serving:
 
         Raises:
             EngineError: as ``Engine.open_session``; also when :meth:`drain` has begun.
+            RpcError: ``bad-value``: another session has this push token.
         """
+        if request.push_token in self._by_push_token:
+            raise RpcError("bad-value", "another session has this push token: choose another at random")
         session_id = await self.engine.open_session(
             batch=request.batch,
             max_length=request.max_length,
@@ -289,7 +302,7 @@ class Serving:
             session_id=session_id,
             peer_id=peer_id,
             token=secrets.token_bytes(wire.TOKEN_BYTES),
-            push_token=secrets.token_bytes(wire.TOKEN_BYTES),
+            push_token=request.push_token,
             outbox=Outbox(self._outboxes),
             holder=holder,
         )

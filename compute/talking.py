@@ -20,6 +20,7 @@ from net.rpc.framing import Message, encode
 from net.rpc.messages import MessageStream
 
 SESSION_IDLE_S: Final = 600.0  # a session nobody uses
+PUSH_WAIT_S: Final = 2.0  # for a session to be opened that another node is to hand on to: its client is on its way
 
 
 class Node(Protocol):
@@ -35,6 +36,9 @@ class Node(Protocol):
 
     def find_pushed(self, push_token: bytes) -> Held | None:
         """The session that who has this token may hand steps on to."""
+
+    opened: trio.Event
+    """Set, and replaced, when a session has been opened."""
 
 
 class ClientTalk:
@@ -105,9 +109,11 @@ class ClientTalk:
         serving = self._node.serving_for(request)
         with refusals(serving.metrics):
             held = self._held = await serving.open(request, self._peer_id, self)
+        self._node.opened.set()
+        self._node.opened = trio.Event()
         stats = serving.engine.stats
         left = stats.cache_max_tokens - stats.cache_used_tokens
-        return Message(header={"cache_tokens_left": left, "token": held.token, "push_token": held.push_token})
+        return Message(header={"cache_tokens_left": left, "token": held.token})
 
     async def _resume(self, message: Message) -> Message:
         """Take over a session of the same peer from a stream that broke, or that the peer wants to leave."""
@@ -123,19 +129,22 @@ class ClientTalk:
     async def _link(self, message: Message) -> None:
         """Reach the next node; answered when it has been, or not."""
         held, serving = self._mine()
-        link = wire.Link.from_fields(message.header)
-        serving.start_soon(self._reach, held, link, wire.read_id(message.header))
+        link, number = wire.Link.from_fields(message.header), wire.read_id(message.header)
+        held.linking = trio.Event()
+        serving.start_soon(self._reach, held, held.linking, link, number)
 
-    async def _reach(self, held: Held, link: wire.Link, number: int) -> None:
+    async def _reach(self, held: Held, done: trio.Event, link: wire.Link, number: int) -> None:
         try:
             opened = await PushLink.open(self._host, link)
         except errors.NetError as error:
+            done.set()
             refused = RpcError("unreachable", str(error))
             await held.answer(Message(header={**lane.refusal(refused), "id": number}))
             return
         if held.link is not None:
             held.link.end()
         held.link = opened
+        done.set()
         if held.serving is None:
             opened.end()
             return
@@ -182,7 +191,7 @@ async def serve_pushes(stream: Stream, node: Node) -> None:
     """
     messages = MessageStream(stream)
     first = await messages.receive()
-    held = None if first is None else node.find_pushed(wire.read_token(first.header))
+    held = None if first is None else await _find_pushed(node, wire.read_token(first.header))
     while held is not None:
         with trio.move_on_after(SESSION_IDLE_S) as scope:
             message = await messages.receive()
@@ -192,3 +201,12 @@ async def serve_pushes(stream: Stream, node: Node) -> None:
             await held.ask(Ask(step=wire.Step.from_fields(message.header), tensors=tuple(message.tensors)))
         except RpcError:
             return  # the session is over, and its client knows
+
+
+async def _find_pushed(node: Node, push_token: bytes) -> Held | None:
+    """The session that is handed on to; it may be about to be opened."""
+    with trio.move_on_after(PUSH_WAIT_S):
+        while (held := node.find_pushed(push_token)) is None:
+            await node.opened.wait()
+        return held
+    return None

@@ -3,12 +3,15 @@
 The client asks, with a number of the question's own (``"id"``) and ``"m"``, the method; an answer carries the number,
 and its fields, or ``"e"`` (a code), ``"why"`` and perhaps ``"retry_after_s"``.
 
-    open   {"digest", "start", "end", "batch", "max_length", "pads"?}    -> {"cache_tokens_left", "token", "push_token"}
+    open   {"digest", "start", "end", "batch", "max_length", "push_token", "pads"?} -> {"cache_tokens_left", "token"}
     resume {"token"}                                                     -> {}
     link   {"peer", "addresses", "token"}                                -> {}
     step   {"position", "push", "keep", "order"?} + hidden               -> {} + hidden of the last ``keep`` tokens
     resend {"position", "end", "push", "keep"}                           -> the same
     where  {"of"}                                                        -> {"state"}
+
+The client need not wait for the answer to ``open`` before it asks for more, nor for that to ``link``: a step that is to
+be handed on waits a little for the next node to be reached.
 
 ``position`` is where a step's first token stands. One that lies before the session's length sets it back: what was
 there is forgotten. A stream that broke, rather than ended, leaves the session for a while: the same peer may
@@ -16,9 +19,9 @@ there is forgotten. A stream that broke, rather than ended, leaves the session f
 
 **Push.** After ``link``, a node hands results straight to the next one, on a stream of ``/raceme/push/1``, as many
 times as ``push`` says; the last one answers the client, with the number of the client's question, on the stream that
-the client has to it. ``link`` names the next node and the ``push_token`` that it gave the client. A node that cannot
-hand on answers itself, with the whole result and ``"unpushed"``. Whoever refuses a step that was handed on tells the
-client.
+the client has to it. ``link`` names the next node and the ``push_token`` with which the client opens the session
+there; who comes before that waits a little for it. A node that cannot hand on answers itself, with the whole result and
+``"unpushed"``. Whoever refuses a step that was handed on tells the client.
 
     {"token"}                                         once, first; no answer but the stream's end if it is not known
     {"id", "position", "push", "keep", "order"?} + hidden
@@ -35,8 +38,9 @@ Refusals: ``no-session``, ``wrong-model``, ``wrong-span``, ``busy``, ``no-cache`
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from net.addresses import Multiaddr
@@ -58,7 +62,11 @@ TOKEN_BYTES = 16  # whoever guesses it would have to be the same peer, too
 
 @dataclass(frozen=True, kw_only=True)
 class Open:
-    """What a client asks for: its model, blocks [start, end), rows, and the longest it may get."""
+    """What a client asks for: its model, blocks [start, end), rows, and the longest it may get.
+
+    Attributes:
+        push_token: Who knows it may hand steps on to the session.
+    """
 
     digest: str
     start: int
@@ -66,6 +74,7 @@ class Open:
     batch: int
     max_length: int
     pads: tuple[int, ...] | None = None
+    push_token: bytes = field(default_factory=lambda: secrets.token_bytes(TOKEN_BYTES))
 
     def to_fields(self) -> dict[str, Any]:
         fields: dict[str, Any] = {
@@ -74,6 +83,7 @@ class Open:
             "end": self.end,
             "batch": self.batch,
             "max_length": self.max_length,
+            "push_token": self.push_token,
         }
         if self.pads is not None:
             fields["pads"] = list(self.pads)
@@ -93,12 +103,13 @@ class Open:
             batch=batch,
             max_length=packing.integer(fields, "max_length", 1, MAX_LENGTH),
             pads=_integers(fields, "pads", batch, MAX_LENGTH) if "pads" in fields else None,
+            push_token=read_token(fields, "push_token"),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """Who is next: where to reach it, and the token that it gave the client for this."""
+    """Who is next: where to reach it, and the token by which the client opens the session there."""
 
     peer_id: PeerId
     addresses: tuple[Multiaddr, ...]

@@ -12,7 +12,7 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from client.errors import ClientError, MissingBlocks, SessionFailed
+from client.errors import ClientError, InvalidInput, MissingBlocks, SessionFailed
 from client.session import Session
 from net.addresses import parse
 from net.errors import RpcError
@@ -40,10 +40,12 @@ class FakeNode:
     """Answers each step with what came; keeps sessions as long as it lives.
 
     Attributes:
-        calls: what it was asked for, and when.
+        arrivals: what it was asked for, and when.
+        calls: what it has begun to do, and when.
         held: sessions that wait for somebody, or that somebody has.
-        step_s, resume_s: how long these take.
+        open_s, step_s, resume_s: how long these take.
         refuses: what it says instead to every step.
+        busy: what it says instead to those who want to open a session, one after another.
         puts_off: what it says instead to who wants to resume.
         moving: set when somebody has asked for that.
     """
@@ -52,12 +54,15 @@ class FakeNode:
     span: tuple[int, int]
     port: int
     line: Line = field(default_factory=Line)
+    arrivals: list[tuple[str, float]] = field(default_factory=list)
     calls: list[tuple[str, float]] = field(default_factory=list)
     held: dict[bytes, object] = field(default_factory=dict)
     freed: int = 0
+    open_s: float = 0.0
     step_s: float = 0.0
     resume_s: float = 0.0
     refuses: RpcError | None = None
+    busy: list[RpcError] = field(default_factory=list)
     puts_off: RpcError | None = None
     moving: trio.Event = field(default_factory=trio.Event)
 
@@ -94,10 +99,13 @@ class FakeNode:
 
         async def open_one(message: Message) -> Message:
             self._note("open")
+            await trio.sleep(self.open_s)
+            if self.busy:
+                raise self.busy.pop()
             token = len(self.calls).to_bytes(wire.TOKEN_BYTES, "big")
             self.held[token] = owner
             mine.append(token)
-            return Message(header={"token": token, "push_token": token})
+            return Message(header={"token": token})
 
         async def resume(message: Message) -> Message:
             self._note("resume")
@@ -113,6 +121,8 @@ class FakeNode:
             return Message(header={})
 
         async def step(message: Message) -> Message:
+            if not mine:
+                raise RpcError("bad-input", "no session is open on this stream")
             self._note("step")
             await trio.sleep(self.step_s)
             if self.refuses is not None:
@@ -146,9 +156,20 @@ class FakeNode:
                 given = Message(header=lane.refusal(error))
             await messages.send(encode(Message(header={**given.header, "id": number}, tensors=given.tensors)))
 
+        async def answer_in_order(message: Message, before: trio.Event, after: trio.Event) -> None:
+            await before.wait()
+            await answer(message)
+            after.set()
+
         async with open_service_nursery() as nursery:
+            opening = trio.Event()
+            opening.set()
             while (message := await messages.receive()) is not None:
-                nursery.start_soon(answer, message)
+                self.arrivals.append((message.header["m"], trio.current_time()))
+                before, after = opening, trio.Event()
+                if message.header["m"] == "open":
+                    opening = after
+                nursery.start_soon(answer_in_order, message, before, after)
             nursery.cancel_scope.cancel()
         for token in mine:  # ended, not broken
             if self.held.get(token) is owner:
@@ -205,18 +226,25 @@ class World:
 
 
 @asynccontextmanager
-async def world_of(*spans: tuple[int, int]) -> AsyncIterator[tuple[World, Session]]:
-    """Nodes, and a session that has made a step with the first ones."""
+async def new_world(*spans: tuple[int, int]) -> AsyncIterator[tuple[World, Session]]:
+    """Nodes, and a session that has not begun."""
     network = MemoryNetwork()
     async with open_host(seeded(90), transports=[network.transport()]) as host, trio.open_nursery() as nursery:
         world = World(host=host, network=network, nursery=nursery)
         for span in spans:
             await world.add(span)
         session = Session(host, world.find_nodes, nursery, Reputation(None))
-        assert torch.equal(await session.step(HIDDEN), HIDDEN)
         yield world, session
         await session.aclose()
         nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def world_of(*spans: tuple[int, int]) -> AsyncIterator[tuple[World, Session]]:
+    """Nodes, and a session that has made a step with the first ones."""
+    async with new_world(*spans) as (world, session):
+        assert torch.equal(await session.step(HIDDEN), HIDDEN)
+        yield world, session
 
 
 async def timed(session: Session) -> float:
@@ -224,6 +252,45 @@ async def timed(session: Session) -> float:
     began = trio.current_time()
     assert torch.equal(await session.step(HIDDEN), HIDDEN)
     return trio.current_time() - began
+
+
+async def test_the_first_step_is_sent_right_behind_the_question_whether_it_may_come(autojump_clock: MockClock) -> None:
+    async with new_world((0, 4)) as (world, session):
+        [node] = world.nodes
+        node.open_s = 1.0
+        began = trio.current_time()
+        assert await timed(session) == pytest.approx(1, abs=0.1)
+        assert node.arrivals == [("open", began), ("step", began)]
+        assert node.calls == [("open", began), ("step", began + 1)]
+
+
+async def test_a_node_too_busy_to_open_a_session_is_asked_again_and_then_given_the_step(
+    autojump_clock: MockClock,
+) -> None:
+    async with new_world((0, 4)) as (world, session):
+        [node] = world.nodes
+        node.busy = [RpcError("busy", "later", 1.0), RpcError("busy", "later", 2.0)]
+        assert await timed(session) == pytest.approx(3, abs=0.1)
+        assert [method for method, _ in node.calls] == ["open", "open", "open", "step"]
+        assert await timed(session) < 0.1
+        assert node.count("step") == 2
+
+
+async def test_a_node_that_is_too_busy_too_often_is_given_up(autojump_clock: MockClock) -> None:
+    async with new_world((0, 4)) as (world, session):
+        [node] = world.nodes
+        node.busy = [RpcError("busy", "later", 1.0)] * 100
+        with pytest.raises(ClientError, match="put off 5 times"):
+            await session.step(HIDDEN)
+
+
+async def test_what_is_too_much_for_a_node_is_the_callers_fault(autojump_clock: MockClock) -> None:
+    async with new_world((0, 4)) as (world, session):
+        [node] = world.nodes
+        node.busy = [RpcError("too-long", "at most 100 tokens")]
+        with pytest.raises(InvalidInput, match="at most 100 tokens"):
+            await session.step(HIDDEN)
+        assert await timed(session) < 0.1  # the next one may be
 
 
 async def test_a_leg_not_at_work_is_resumed_while_another_one_computes(autojump_clock: MockClock) -> None:

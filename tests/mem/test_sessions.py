@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,16 @@ from client.models.cache import SessionCache
 from client.swarm import AsyncSwarm
 from compute.checkpoint import Checkpoint
 from compute.engine import Engine, EngineSettings
+from compute.pushing import PushLink
+from compute.tensors import to_wire
 from net.dht.service import Dht
 from net.errors import RpcError
 from net.host import open_host
 from net.identity import Identity
 from net.protocol import session as wire
 from net.rpc import lane
-from net.rpc.framing import MAX_FRAME_BYTES, MAX_HEADER_BYTES, Message, Tensor
+from net.rpc.framing import MAX_FRAME_BYTES, MAX_HEADER_BYTES, Message, Tensor, encode
+from net.rpc.messages import MessageStream
 from tests.checkpoints import make_checkpoint
 from tests.mem.conftest import Reference
 from tests.mem.swarms import RunningNode, TestSwarm, blocking, generate, swarm_of, until
@@ -817,13 +821,44 @@ async def refusal(swarm: TestSwarm, node: RunningNode, *calls: tuple[str, Messag
     return caught.value.code, caught.value.message
 
 
+async def test_who_hands_on_may_come_before_the_session_is_opened(odd: Reference) -> None:
+    async with swarm_of(odd.folder, [(0, 5)]) as swarm:
+        [node] = swarm.nodes
+        host, hidden = swarm.client.host, torch.randn(1, 3, 48)
+        request = wire.Open(digest=node.offer.digest, start=0, end=5, batch=1, max_length=8)
+        link = wire.Link(peer_id=node.peer_id, addresses=node.offer.addresses, token=request.push_token)
+        pushing = await PushLink.open(host, link)
+        dtype, shape, data = to_wire(hidden)
+        step = wire.Step(id=7, position=0).to_fields()
+        await pushing.send(Message(header=step, tensors=[Tensor(dtype=dtype, shape=shape, data=data)]))
+        stream = await host.open_stream(node.peer_id, [wire.PROTOCOL_ID], node.offer.addresses)
+        messages = MessageStream(stream)
+        await messages.send(encode(Message(header={"m": "open", "id": 1, **request.to_fields()})))
+        with trio.fail_after(5):
+            answers = [await messages.receive(), await messages.receive()]
+        assert [None if each is None else each.header["id"] for each in answers] == [1, 7]
+        pushing.end()
+        await stream.aclose()
+
+
+async def test_who_hands_on_to_nobody_is_let_go(odd: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute.talking, "PUSH_WAIT_S", 0.05)
+    async with swarm_of(odd.folder, [(0, 5)]) as swarm:
+        [node] = swarm.nodes
+        link = wire.Link(peer_id=node.peer_id, addresses=node.offer.addresses, token=os.urandom(wire.TOKEN_BYTES))
+        pushing = await PushLink.open(swarm.client.host, link)
+        with trio.fail_after(5):
+            await pushing.watch()
+        assert pushing.is_over
+
+
 async def test_what_a_node_refuses(odd: Reference) -> None:
     async with swarm_of(odd.folder, [(1, 4)]) as swarm:
         [node] = swarm.nodes
 
         def ask(**changes: Any) -> tuple[str, Message]:
             fields = {"digest": node.offer.digest, "start": 1, "end": 4, "batch": 1, "max_length": 8}
-            return "open", Message(header=fields | changes)
+            return "open", Message(header={**fields, "push_token": os.urandom(wire.TOKEN_BYTES), **changes})
 
         def step(position: Any, *shape: int, dtype: str = "f32", size: int = 4) -> tuple[str, Message]:
             tensor = Tensor(dtype=dtype, shape=shape, data=bytes(math.prod(shape) * size))
@@ -840,6 +875,13 @@ async def test_what_a_node_refuses(odd: Reference) -> None:
         assert await code(ask(max_length=4096)) == "too-long"
         assert await code(ask(max_length=True)) == "bad-input"
         assert await code(ask(), ask()) == "bad-input"
+        assert await code(ask(push_token=b"short")) == "bad-input"
+        token = os.urandom(wire.TOKEN_BYTES)
+        stream = await swarm.client.host.open_stream(node.peer_id, [wire.PROTOCOL_ID], node.offer.addresses)
+        async with lane.Lane(stream, node.peer_id) as first:
+            method, message = ask(push_token=token)
+            await first.call(method, Message(header={"id": 1, **message.header}), timeout_s=5)
+            assert await code(ask(push_token=token)) == "bad-value"
         assert await code(step(0, 1, 1, 48)) == "bad-input"
         assert await code(ask(), step(0, 1, 1, 47)) == "bad-shape"
         assert await code(ask(), step(0, 2, 1, 48)) == "bad-shape"

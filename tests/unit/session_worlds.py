@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from client import session_core as core
@@ -118,6 +118,7 @@ class SimSession:
     next: int | None = None  # the leg that it hands on to
     gone: bool = False
     hangs: bool = False
+    is_open: bool = False
 
 
 @dataclass(eq=False)
@@ -133,7 +134,11 @@ class World:
         self.random = random.Random(seed)
         self.prefixes = Prefixes()
         self.journal = ListJournal(rows, self.prefixes)
-        self.nodes = [SimNode(offer(PEERS[index], *span)) for index, span in enumerate(spans)]
+        chance = random.Random(seed)
+        self.nodes = [
+            SimNode(replace(offer(PEERS[index], *span), round_trips=dict.fromkeys(chance.sample(PEERS, 4), 0.01)))
+            for index, span in enumerate(spans)
+        ]
         self.core = SessionCore(self.journal, self._choose, push=push)
         self.now = 0.0
         self.sessions: dict[int, SimSession] = {}
@@ -239,9 +244,10 @@ class World:
             if not isinstance(key, tuple) and not session.gone:
                 self.tell(leg, self.core.failed, leg, "gone")
             return
+        if not session.is_open:
+            self._open(leg, session, thing)
+            return
         match thing:
-            case core.Open():
-                self.tell(leg, self.core.opened, leg)
             case core.Link(following=following):
                 other = self.sessions.get(following)
                 if other is None or other.gone or self.random.random() < 0.1:
@@ -263,6 +269,23 @@ class World:
                 self._compute(leg, send.run, send.position, payload, send.push, send.keep, order)
             case (int() as run, position, payload, push, keep, order):
                 self._compute(leg, run, position, payload, push, keep, order)
+
+    def _open(self, leg: int, session: SimSession, thing: Any) -> None:
+        """What comes before the session is open is refused; a node may put off opening it."""
+        if isinstance(thing, tuple):
+            if not isinstance(thing[0], int):  # else another node's; that stream waits, or ends
+                self.tell(leg, self._refuse, leg, thing[0].run, "bad-input")
+        elif isinstance(thing, core.Link):
+            self.tell(leg, self.core.not_linked, leg)
+        elif isinstance(thing, core.Open) and self.random.random() < 0.1:
+            self.tell(leg, self._put_off, leg, thing)
+        elif isinstance(thing, core.Open):
+            session.is_open = True
+            self.tell(leg, self.core.opened, leg)
+
+    def _put_off(self, leg: int, action: core.Open, now: float) -> None:
+        self._way(leg).append(action)
+        self.core.interrupted(leg, now)
 
     def _refuse(self, leg: int, run: int, code: str, now: float) -> None:
         self.core.refused(leg, run, code, "why", now)
