@@ -31,6 +31,7 @@ class Portal:
 
         async def work() -> T:
             with scope:
+                await trio.lowlevel.checkpoint_if_cancelled()  # else it might begin when what follows is over
                 return await function(*args)
             raise ClientError("interrupted")  # for nobody: who would have waited has been interrupted
 

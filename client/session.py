@@ -243,21 +243,28 @@ class Session:
     async def _awake(self) -> SessionCore:
         """The core, with a task that looks after it."""
         if self._core is None:
-            self._core = SessionCore(self._journal, self._choose)
-            self._scope, self._ended, self._bug = trio.CancelScope(), trio.Event(), None
-            self._nursery = await self._parent.start(self._run)
+            self._core = session = SessionCore(self._journal, self._choose)
+            self._scope, self._ended, self._bug, self._nursery = trio.CancelScope(), trio.Event(), None, None
+            try:
+                self._nursery = await self._parent.start(self._run, self._scope, self._ended)
+            except BaseException:
+                if self._core is session:
+                    self._core = None
+                raise
         return self._core
 
-    async def _run(self, *, task_status: trio.TaskStatus[trio.Nursery]) -> None:
+    async def _run(
+        self, scope: trio.CancelScope, ended: trio.Event, *, task_status: trio.TaskStatus[trio.Nursery]
+    ) -> None:
         try:
-            with self._scope:
+            with scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._keep_time)
                     task_status.started(nursery)
         except Exception as error:  # noqa: BLE001  # raised by who waits: the swarm has other sessions
             self._bug = error
         finally:
-            self._ended.set()
+            ended.set()
             self._changed.set()
 
     async def _keep_time(self) -> None:

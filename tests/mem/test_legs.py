@@ -458,6 +458,27 @@ async def test_a_session_that_is_closed_during_a_move_is_freed(autojump_clock: M
         assert node.count("open") == 2
 
 
+@pytest.mark.parametrize("later", range(4))
+async def test_a_step_that_is_asked_for_while_the_session_is_closed_begins_it_anew(
+    later: int, autojump_clock: MockClock
+) -> None:
+    async with world_of((0, 4)) as (world, session):
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                closing = trio.Event()
+
+                async def close() -> None:
+                    closing.set()
+                    await session.aclose()
+
+                nursery.start_soon(close)
+                await closing.wait()
+                for _ in range(later):
+                    await trio.lowlevel.checkpoint()
+                assert torch.equal(await session.step(HIDDEN), HIDDEN)
+        assert world.nodes[0].count("open") == 2
+
+
 async def test_a_node_that_has_forgotten_the_session_is_replaced_at_once(autojump_clock: MockClock) -> None:
     async with world_of((0, 4)) as (world, session):
         [node] = world.nodes
