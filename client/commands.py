@@ -147,7 +147,7 @@ def run_generate(options: argparse.Namespace) -> int:
         ids = model.tokenizer(prompt, return_tensors="pt").input_ids
         streamer = None if options.json else TextPrinter(model.tokenizer)
         with console.interruptible(), model.session() as session:
-            # What cannot be done is said before the prompt is printed. (The last token is never sent.)
+            # What cannot be done is said before anything is printed. (The last token is never sent.)
             session.prepare(1, ids.shape[1] + options.max_new_tokens - 1)
             started = time.monotonic()
             try:
@@ -160,7 +160,7 @@ def run_generate(options: argparse.Namespace) -> int:
                     **how,
                 )
             except BaseException:
-                if streamer is not None:
+                if streamer is not None and streamer.began:
                     print(flush=True)  # the complaint begins a line of its own
                 raise
             seconds = time.monotonic() - started

@@ -252,7 +252,7 @@ class Leg:
         try:
             with trio.fail_after(timeout_s):
                 connection = await self._host.connect(node.peer_id, node.addresses, at_once=at_once)
-                stream = await self._host.open_stream_over(connection, [wire.PROTOCOL_ID])
+                stream = await self._host.open_lazily_over(connection, wire.PROTOCOL_ID)
         except trio.TooSlowError as error:
             raise errors.PeerFailed(node.peer_id, f"no connection in {timeout_s:g} s") from error
         except errors.PeerFailed:

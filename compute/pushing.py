@@ -10,7 +10,7 @@ import trio
 from net import errors
 from net.host import Host
 from net.identity import PeerId
-from net.mux.base import Stream
+from net.multistream import LazyStream
 from net.protocol import session as wire
 from net.rpc.framing import Message, encode
 from net.rpc.messages import MessageStream
@@ -22,7 +22,7 @@ SEND_TIMEOUT_S: Final = 1.5  # for it to take a result; the client can have it i
 class PushLink:
     """Our stream to the next node, for one session."""
 
-    def __init__(self, peer_id: PeerId, stream: Stream) -> None:
+    def __init__(self, peer_id: PeerId, stream: LazyStream) -> None:
         self.peer_id = peer_id
         self.is_over = False
         self._stream = stream
@@ -30,19 +30,32 @@ class PushLink:
 
     @classmethod
     async def open(cls, host: Host, link: wire.Link) -> PushLink:
-        """Reach the next node and name the session.
+        """Reach the next node and name the session. Whether it listens is known by :meth:`agree`.
 
         Raises:
             PeerFailed: it cannot be reached in time.
         """
         try:
             with trio.fail_after(LINK_TIMEOUT_S):
-                stream = await host.open_stream(link.peer_id, [wire.PUSH_PROTOCOL_ID], link.addresses)
-                opened = cls(link.peer_id, stream)
+                connection = await host.connect(link.peer_id, link.addresses)
+                opened = cls(link.peer_id, await host.open_lazily_over(connection, wire.PUSH_PROTOCOL_ID))
                 await opened.send(Message(header={"token": link.token}))
         except trio.TooSlowError as error:
             raise errors.PeerFailed(link.peer_id, f"not reached in {LINK_TIMEOUT_S:g} s") from error
         return opened
+
+    async def agree(self) -> None:
+        """Wait until the next node says that it takes what is handed on.
+
+        Raises:
+            PeerFailed: it does not, or not in time; the link is over.
+        """
+        try:
+            with trio.fail_after(LINK_TIMEOUT_S):
+                await self._stream.agree()
+        except (errors.NetError, trio.TooSlowError, trio.ClosedResourceError) as error:
+            self.end()
+            raise errors.PeerFailed(self.peer_id, str(error) or "does not take what is handed on") from error
 
     async def send(self, message: Message) -> None:
         """Hand a step on.

@@ -138,8 +138,7 @@ class ClientTalk:
             opened = await PushLink.open(self._host, link)
         except errors.NetError as error:
             done.set()
-            refused = RpcError("unreachable", str(error))
-            await held.answer(Message(header={**lane.refusal(refused), "id": number}))
+            await held.answer(Message(header={**lane.refusal(RpcError("unreachable", str(error))), "id": number}))
             return
         if held.link is not None:
             held.link.end()
@@ -148,8 +147,13 @@ class ClientTalk:
         if held.serving is None:
             opened.end()
             return
-        held.serving.start_soon(opened.watch)
+        try:
+            await opened.agree()
+        except errors.NetError as error:
+            await held.answer(Message(header={**lane.refusal(RpcError("unreachable", str(error))), "id": number}))
+            return
         await held.answer(Message(header={"id": number}))
+        await opened.watch()
 
     async def _step(self, message: Message) -> None:
         """Run the next tokens."""

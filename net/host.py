@@ -19,6 +19,7 @@ from net import addresses, errors, multistream
 from net.addresses import Multiaddr, PeerAddress
 from net.identity import Identity, PeerId
 from net.limits import Limits
+from net.multistream import LazyStream
 from net.mux.base import Stream
 from net.nurseries import open_service_nursery
 from net.peerstore import Peerstore
@@ -153,6 +154,18 @@ class Host:
             stream.reset()
             raise
         return stream
+
+    async def open_lazily_over(self, connection: Connection, protocol: str) -> LazyStream:
+        """As ``open_stream_over``, for a protocol that the peer is known to speak: without waiting for it to agree.
+        Whether it has, is known by ``LazyStream.agree``, or when something is received.
+        """
+        connection.mux.check()
+        stream = connection.mux.open_stream()
+        try:
+            return await multistream.LazyStream.propose(stream, protocol)
+        except BaseException:
+            stream.reset()
+            raise
 
     async def _on_stream(self, connection: Connection, stream: Stream) -> None:
         """The boundary around everything that a peer can make a handler do."""

@@ -2,7 +2,8 @@ r"""multistream-select 1.0: the two ends of a stream agree on a protocol.
 
 Wire: each message is an unsigned varint length, the text, and ``\n`` (counted in the length). Both
 sides open with ``/multistream/1.0.0``; the dialler proposes, the listener echoes or answers ``na``.
-The dialler sends its header and first proposal together, which costs one round trip, not two.
+The dialler sends its header and first proposal together, which costs one round trip, not two; and none if it goes on
+without waiting for the answer (lazy negotiation, as go-libp2p does where it knows what the other speaks).
 
 Source: https://github.com/multiformats/multistream-select
 """
@@ -13,8 +14,9 @@ from collections.abc import Collection, Sequence
 
 import trio
 
-from net.errors import ProtocolNotSupported, RemoteProtocolError
-from net.io import receive_exactly, send
+from net.errors import ConnectionLost, ProtocolNotSupported, RemoteProtocolError
+from net.io import check_max_bytes, receive_exactly, send
+from net.mux.base import Stream
 
 HEADER = "/multistream/1.0.0"
 MAX_MESSAGE_BYTES = 1024
@@ -45,6 +47,90 @@ async def _try_each(stream: trio.abc.Stream, protocols: Sequence[str], *, sent: 
         if answer != "na":
             raise RemoteProtocolError(f"asked for {protocol}, got {answer!r}")
     raise ProtocolNotSupported(f"the peer speaks none of {', '.join(protocols)}")
+
+
+class LazyStream(Stream):
+    """A stream whose protocol has been proposed, and that is used as if it had been agreed on.
+
+    What is received tells: the first time, it raises as ``propose`` does where the peer has not agreed.
+    """
+
+    def __init__(self, stream: Stream, protocol: str) -> None:
+        self._stream = stream
+        self._protocol = protocol
+        self._agreed = False
+        self._received = b""
+
+    @classmethod
+    async def propose(cls, stream: Stream, protocol: str) -> LazyStream:
+        """Send the proposal.
+
+        Raises:
+            ConnectionLost: the stream ended first.
+        """
+        await send(stream, _message(HEADER) + _message(protocol))
+        return cls(stream, protocol)
+
+    async def agree(self) -> None:
+        """Wait until the peer has agreed.
+
+        Raises: as ``propose``.
+        Cancellation: nothing is lost.
+        """
+        while not self._agreed:
+            data = await self._stream.receive_some()
+            if not data:
+                raise ConnectionLost("the stream ended before a protocol was agreed on")
+            self._received += data
+            self._look_at_answer()
+
+    def _look_at_answer(self) -> None:
+        """Raises:
+        ProtocolNotSupported, RemoteProtocolError: the peer does not agree.
+        """
+        received = self._received
+        for answer in (self._protocol, "na"):
+            expected = _message(HEADER) + _message(answer)
+            if received.startswith(expected):
+                if answer == "na":
+                    raise ProtocolNotSupported(f"the peer speaks none of {self._protocol}")
+                self._agreed, self._received = True, received[len(expected) :]
+                return
+            if expected.startswith(received):
+                return  # there is more to come
+        raise RemoteProtocolError(f"asked for {self._protocol}, got {received[:64]!r}")
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        check_max_bytes(max_bytes)
+        if not self._agreed:
+            await self.agree()
+        if not self._received:
+            return await self._stream.receive_some(max_bytes)
+        count = len(self._received) if max_bytes is None else max_bytes
+        data, self._received = self._received[:count], self._received[count:]
+        await trio.lowlevel.checkpoint()
+        return data
+
+    async def send_eof(self) -> None:
+        await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    def reset(self) -> None:
+        self._stream.reset()
+
+    async def leave(self) -> None:
+        await self._stream.leave()
+
+    def limit_window(self, size: int) -> None:
+        self._stream.limit_window(size)
 
 
 async def answer(stream: trio.abc.Stream, protocols: Collection[str]) -> str:

@@ -296,7 +296,8 @@ import socket, sys, threading
 import client
 with socket.create_server(("127.0.0.1", 0)) as silent:
     port = silent.getsockname()[1]
-    threading.Thread(target=lambda: (silent.accept(), print("ready", flush=True)), daemon=True).start()
+    held = []  # it stays open
+    threading.Thread(target=lambda: (held.append(silent.accept()), print("ready", flush=True)), daemon=True).start()
     try:
         client.connect(f"/ip4/127.0.0.1/tcp/{port}/p2p/" + sys.argv[1], timeout_s=60)
     except KeyboardInterrupt:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import cast
+
 import pytest
 import trio
 import trio.testing
@@ -11,8 +14,10 @@ from trio.testing import MockClock
 
 from net import errors, multistream
 from net.multistream import HEADER, MAX_MESSAGE_BYTES, MAX_PROPOSALS
+from net.mux.base import Stream
 from net.ping import ping_once
-from tests.net_helpers import memory_hosts, receive_all
+from net.swarm import Connection
+from tests.net_helpers import memory_hosts, receive_all, receive_count
 
 
 def message(text: bytes) -> bytes:
@@ -143,3 +148,92 @@ async def test_a_stream_that_agrees_on_nothing_is_reset_in_time(autojump_clock: 
         with pytest.raises(errors.StreamReset):
             await receive_all(stream)
         assert trio.current_time() - began == pytest.approx(two.limits.negotiate_s, abs=0.1)
+
+
+# Lazy negotiation
+
+
+async def lazily(wire: bytes, cuts: list[int], *, max_bytes: int | None = None) -> bytes:
+    """What is received where the other side says ``wire``, in parts."""
+    near, far = trio.testing.memory_stream_pair()
+    stream = await multistream.LazyStream.propose(cast(Stream, near), "/a/1")
+    await stream.send_all(b"behind")
+    parts = [wire[start:stop] for start, stop in itertools.pairwise([0, *sorted(cuts), len(wire)])]
+    received = b""
+    async with trio.open_nursery() as nursery:
+
+        async def say() -> None:
+            for part in parts:
+                if part:
+                    await far.send_all(part)
+            await far.send_eof()
+
+        nursery.start_soon(say)
+        while data := await stream.receive_some(max_bytes):
+            received += data
+        nursery.cancel_scope.cancel()
+    expected = GREETING + message(b"/a/1") + b"behind"
+    assert await receive_count(far, len(expected)) == expected
+    return received
+
+
+@settings(deadline=None)
+@given(data=st.binary(max_size=40), cuts=st.lists(st.integers(0, 80), max_size=6), count=st.none() | st.integers(1, 9))
+def test_lazily_proposed_streams_begin_where_the_answer_ends(data: bytes, cuts: list[int], count: int | None) -> None:
+    wire = GREETING + message(b"/a/1") + data
+    cuts = [min(cut, len(wire)) for cut in cuts]
+
+    async def check() -> None:
+        assert await lazily(wire, cuts, max_bytes=count) == data
+
+    trio.run(check)
+
+
+@pytest.mark.parametrize(
+    ("wire", "error"),
+    [
+        (GREETING + message(b"na"), errors.ProtocolNotSupported),
+        (GREETING + message(b"/a/2"), errors.RemoteProtocolError),
+        (b"HTTP/1.1 400 Bad Request\r\n", errors.RemoteProtocolError),
+        (GREETING[:5], errors.ConnectionLost),
+        (b"", errors.ConnectionLost),
+    ],
+)
+async def test_who_does_not_agree_is_found_out_by_who_reads(wire: bytes, error: type[Exception]) -> None:
+    with pytest.raises(ExceptionGroup) as caught:
+        await lazily(wire, [3])
+    assert [type(each) for each in caught.value.exceptions] == [error]
+
+
+async def test_nothing_is_lost_when_waiting_for_agreement_is_cancelled(autojump_clock: MockClock) -> None:
+    near, far = trio.testing.memory_stream_pair()
+    stream = await multistream.LazyStream.propose(cast(Stream, near), "/a/1")
+    await far.send_all(GREETING[:7])
+    with trio.move_on_after(1):
+        await stream.receive_some()
+    await far.send_all(GREETING[7:] + message(b"/a/1") + b"first")
+    await stream.agree()
+    assert await stream.receive_some(3) == b"fir"
+    assert await stream.receive_some() == b"st"
+
+
+async def test_lazily_opened_streams_of_hosts() -> None:
+    async with memory_hosts(2) as (one, other):
+        said: list[bytes] = []
+
+        async def handler(_: Connection, stream: Stream) -> None:
+            said.append(await receive_all(stream))
+            await stream.send_all(b"heard")
+
+        other.handle("/echo/1", handler)
+        connection = await one.connect(other.peer_id, other.addresses)
+        stream = await one.open_lazily_over(connection, "/echo/1")
+        await stream.send_all(b"hello")
+        await stream.send_eof()
+        assert await receive_all(stream) == b"heard"
+        await stream.aclose()
+        assert said == [b"hello"]
+        unknown = await one.open_lazily_over(connection, "/unknown/1")
+        with pytest.raises(errors.ProtocolNotSupported, match="/unknown/1"):
+            await unknown.agree()
+        unknown.reset()

@@ -27,10 +27,13 @@ def test_every_character_is_printed_as_soon_as_it_is_whole(tokenizer: Any) -> No
     printer = TextPrinter(tokenizer, out)
     ids = tokenizer(TEXT).input_ids
     printer.put(torch.tensor([ids[:2]]))
+    assert out.getvalue() == ""  # the prompt waits for the first token
+    assert not printer.began
     for count, token in enumerate(ids[2:], start=3):
         printer.put(torch.tensor([token]))
         whole = tokenizer.decode(ids[:count], skip_special_tokens=True)
         assert out.getvalue() == whole.rstrip("\ufffd")
+    assert printer.began
     printer.end()
     assert out.getvalue() == TEXT + "\n"
 
