@@ -13,10 +13,12 @@ import math
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
+import torch
 import trio
 
 from client.errors import InvalidInput, MissingBlocks, UnknownModel
 from client.routing import Hop, choose_chain
+from compute.wire_forms import CODEC, Account, Form, Sender
 from net import errors
 from net.host import Host
 from net.mux.base import Stream
@@ -42,6 +44,7 @@ LOOK_S = 1.0  # before the next look at what it announces
 BUSY_TRIES = 5
 MAX_RETRY_AFTER_S = 10.0  # a node that wants to be left alone for longer is asked again all the same
 MAX_LEAVING_S = 3600.0
+SENT_TIMEOUT_S = 2.0
 # What a node may blame the caller for when a session is opened. Steps are checked here before they are sent, so that
 # a node that refuses one is itself at fault.
 CALLERS_FAULT = frozenset({"bad-input", "bad-value", "too-long"})
@@ -97,13 +100,30 @@ class Leg:
     Attributes:
         key: the core's number of it.
         hop: which blocks, and who has them.
-        push_token: by which other nodes may hand on to it; known once it is open.
+        opened: what the node has said to that; known once it is open.
+        account: of what it has been sent.
     """
 
-    def __init__(self, key: int, hop: Hop, host: Host, find_nodes: FindNodes, events: LegEvents) -> None:
+    def __init__(
+        self, key: int, hop: Hop, host: Host, find_nodes: FindNodes, events: LegEvents, form: Form, *, measures: bool
+    ) -> None:
+        """Begin.
+
+        Args:
+            key: the core's number of it.
+            hop: which blocks, and who has them.
+            host: dials.
+            find_nodes: where the node is now.
+            events: who is told.
+            form: in which it is sent hidden states.
+            measures: whether to find out how large the form's error is.
+        """
         self.key = key
         self.hop = hop
-        self.push_token = b""
+        self.opened: wire.Opened | None = None
+        self.account = Account(form)
+        self._measures = measures
+        self._sender: Sender | None = None
         self._host = host
         self._node = hop.node
         self._find_nodes = find_nodes
@@ -113,6 +133,8 @@ class Leg:
         self._connection: Connection | None = None
         self._token = b""
         self._numbers = itertools.count(OWN_QUESTIONS)
+        self._sent: wire.Sent | None = None
+        self._said_sent = trio.Event()
         self._asked: dict[int, tuple[str, int]] = {}  # questions that are no steps: of what kind, about what
         self._outbox, self._outlet = trio.open_memory_channel[Pieces](math.inf)
         self._is_idle = True
@@ -168,16 +190,50 @@ class Leg:
         """
         self._outbox.send_nowait(encode(message))
 
+    def send_hidden(self, hidden: torch.Tensor, fields: Mapping[str, Any]) -> None:
+        """Have hidden states sent; the leg is open.
+
+        Args:
+            hidden: in any numerics; not to be changed afterwards.
+            fields: of the message.
+
+        Shapes:
+            hidden: [b, t, d]
+
+        Raises:
+            BadInput: the leg's form has no room for these values.
+            LocalProtocolError: they are too many.
+        """
+        if self._sender is None:
+            raise errors.LocalProtocolError("the session has not been opened yet")
+        line = None if self._messages is None else self._messages.line
+        said, tensor = self._sender.message(hidden, None if line is None else line.bytes_per_s)
+        self.send(Message(header={**fields, **said}, tensors=[tensor]))
+
     def link(self, following: Leg) -> None:
-        """Have its node reach another leg's."""
+        """Have its node reach another leg's; both are open."""
+        opened = following.opened
+        if opened is None:
+            raise errors.LocalProtocolError("the session has not been opened yet")
         link = wire.Link(
-            peer_id=following.hop.node.peer_id, addresses=following.hop.node.addresses, token=following.push_token
+            peer_id=following.hop.node.peer_id,
+            addresses=following.hop.node.addresses,
+            token=opened.push_token,
+            codecs=opened.codecs,
         )
         self._question("link", following.key, link.to_fields())
 
     def ask_where(self, number: int) -> None:
         """Have its node say where a step is."""
         self._question("where", number, {"of": number})
+
+    async def ask_sent(self) -> wire.Sent | None:
+        """What its node has sent of the session; ``None`` if it does not say soon."""
+        self._sent, self._said_sent = None, trio.Event()
+        self._question("sent", 0, {})
+        with trio.move_on_after(SENT_TIMEOUT_S):
+            await self._said_sent.wait()
+        return self._sent
 
     def _question(self, method: str, about: int, fields: Mapping[str, Any]) -> None:
         number = next(self._numbers)
@@ -195,7 +251,7 @@ class Leg:
         """
         peer_id = self._node.peer_id
         self._stream, self._connection = await self._open_stream(OPEN_TIMEOUT_S)
-        self._messages = MessageStream(self._stream)
+        self._messages = MessageStream(self._stream, self._connection.line)
         try:
             answer = await self._ask(self._messages, "open", request.to_fields(), OPEN_TIMEOUT_S)
         except errors.RpcError as error:
@@ -203,10 +259,18 @@ class Leg:
                 raise InvalidInput(error.message) from error
             raise errors.PeerFailed(peer_id, str(error)) from error
         try:
-            self._token = wire.read_token(answer.header)
-            self.push_token = wire.read_token(answer.header, "push_token")
+            opened = self.opened = wire.Opened.from_fields(answer.header)
         except errors.RemoteProtocolError as error:
             raise errors.PeerFailed(peer_id, f"opened a session with {error}") from error
+        if opened.form != request.form:
+            raise errors.PeerFailed(peer_id, f"opened a session in {opened.form}, not in {request.form}")
+        self._token = opened.token
+        self._sender = Sender(
+            self.account.form,
+            may_compress=CODEC in opened.codecs,
+            measures_error=self._measures,
+            account=self.account,
+        )
 
     async def _open_stream(self, timeout_s: float, *, at_once: bool = False) -> tuple[Stream, Connection]:
         """Raises:
@@ -313,6 +377,9 @@ class Leg:
             self._events.leg_linked(self, about, refused)
         elif method == "where" and refused is None:
             self._events.leg_placed(self, about, packing.field(header, "state", str, max_length=16))
+        elif method == "sent":
+            self._sent = None if refused is not None else wire.Sent.from_fields(header)
+            self._said_sent.set()
 
     async def _watch(self) -> None:
         """Notice when the node is lost, though nothing says so, and leave relays."""
@@ -349,7 +416,7 @@ class Leg:
             PeerFailed: it cannot be had; the leg is as it was.
         """
         stream, connection = await self._open_stream(MOVE_TIMEOUT_S, at_once=True)
-        messages = MessageStream(stream)
+        messages = MessageStream(stream, connection.line)
         # A node that was asked gives the session to this stream, and to no other: nobody must break it off in between.
         with trio.move_on_after(MOVE_TIMEOUT_S, shield=True) as scope:
             try:

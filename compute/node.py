@@ -172,7 +172,13 @@ class Node:
         settings = self._settings.engine
         if cache_tokens is not None:
             settings = replace(settings, cache_tokens=cache_tokens)
-        serving = Serving(span, settings, resume_s=self._settings.resume_s, metrics=self.metrics)
+        serving = Serving(
+            span,
+            settings,
+            resume_s=self._settings.resume_s,
+            metrics=self.metrics,
+            line_bytes_per_s=lambda: self._worth.line_bytes_per_s,
+        )
         await nursery.start(serving.run)
         return serving
 
@@ -540,7 +546,7 @@ class Node:
     # What we answer
 
     async def _serve(self, connection: Connection, stream: Stream) -> None:
-        await ClientTalk(self, self._host, connection.peer_id, stream).serve()
+        await ClientTalk(self, self._host, connection, stream).serve()
 
     async def _serve_pushes(self, _: Connection, stream: Stream) -> None:
         await serve_pushes(stream, self)

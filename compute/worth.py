@@ -50,6 +50,11 @@ class Worth:
         """What to announce; 0 before anything was measured."""
         return 0.0 if self.speed is None else self.speed.effective_tokens_per_s(self._checkpoint.config.hidden_size)
 
+    @property
+    def line_bytes_per_s(self) -> float | None:
+        """What our line carries to the best of some peers; ``None`` while that has not been measured."""
+        return None if self.speed is None else self.speed.network_bytes_per_s
+
     async def find(self, engine: Engine, linear: str) -> None:
         """Measure, or remember, unless that has been done for this form.
 

@@ -103,6 +103,8 @@ class Opened:
 class Nobody:
     """A client that hears nothing."""
 
+    bytes_per_s = None
+
     async def send(self, message: Message) -> None:
         await trio.lowlevel.checkpoint()
 
