@@ -29,7 +29,7 @@ class HopTraffic:
 
     Attributes:
         hop: Which.
-        to: What it was sent, by the client or the node before it; ``None`` if that has not been said.
+        to: What it was sent, by the client or the node before it; ``None`` if nobody has said.
         back: What it has sent, to the node behind it or the client; ``None`` if it has not said.
     """
 

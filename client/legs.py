@@ -164,6 +164,7 @@ class Leg:
         except InvalidInput as error:
             self._events.leg_refused(self, error)
         finally:
+            self._said_sent.set()
             with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
                 if self._stream is not None:
                     await self._stream.aclose()

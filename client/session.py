@@ -231,14 +231,12 @@ class Session:
         async with trio.open_nursery() as nursery:
             for leg in legs:
                 nursery.start_soon(ask, leg)
-        return [
-            HopTraffic(
-                hop=leg.hop,
-                to=leg.account.summary() if number == 0 else said[legs[number - 1].key],
-                back=said[leg.key],
-            )
-            for number, leg in enumerate(legs)
-        ]
+        hops: list[HopTraffic] = []
+        for leg in legs:
+            handed_on = hops[-1].back if hops else None
+            sent = leg.account.summary() if leg.account.tokens else None
+            hops.append(HopTraffic(hop=leg.hop, to=handed_on or sent, back=said[leg.key]))
+        return hops
 
     async def aclose(self) -> None:
         """Free the session on its nodes. What it has computed can be computed again by the next step."""
