@@ -10,10 +10,13 @@ import pytest
 import torch
 import zstandard
 
+import client.forms
 import client.session
 from client.errors import InvalidInput
 from client.session import Session
 from client.session_core import SessionCore
+from compute.bloom import BloomSpan
+from compute.checkpoint import Checkpoint
 from compute.serving import Serving
 from compute.wire_forms import CODEC, Form, encode
 from net.identity import PeerId
@@ -90,6 +93,28 @@ async def test_sessions_say_what_their_hidden_states_take(odd: Reference, form: 
         assert f"blocks 0:2 at {swarm.nodes[0].peer_id}: in: " in str(hops[0])
         await session.aclose()
         assert await session.traffic() == []
+
+
+async def test_what_computes_in_bfloat16_loses_nothing_by_it(
+    odd: Reference, way: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As GPUs do: half the bytes, and the bits that float32 gives."""
+    honest = Checkpoint.load_span
+
+    def load(self: Checkpoint, start: int, end: int, **options: Any) -> BloomSpan:
+        return honest(self, start, end, **{**options, "linear": None, "dtype": torch.bfloat16})
+
+    monkeypatch.setattr(Checkpoint, "load_span", load)
+    async with swarm_of(odd.folder, TWO) as swarm:
+        given = await outputs(swarm, "auto")
+        session = await open_session(swarm, "auto")
+        await session.step(STEPS[0])
+        for hop in await session.traffic():
+            assert hop.to == hop.back == Sent(form="bfloat16", tokens=40, n_bytes=40 * BYTES["bf16"])
+        await session.aclose()
+        assert same(await outputs(swarm, "bf16"), given)
+        monkeypatch.setattr(client.forms, "default_form", lambda _: Form.FLOAT32)
+        assert same(await outputs(swarm, "auto"), given)
 
 
 async def test_fewer_bytes_are_nearly_the_same_values(odd: Reference) -> None:
