@@ -190,6 +190,20 @@ async def test_a_form_is_fixed_when_a_session_opens(odd: Reference) -> None:
         await blocking(wrong)
 
 
+async def test_values_that_a_form_has_no_room_for_are_the_callers(odd: Reference) -> None:
+    async with swarm_of(odd.folder, TWO) as swarm:
+        session = await open_session(swarm, "bf16")
+        before = await session.step(STEPS[0])
+        blamed = note_failures(swarm)
+        with pytest.raises(InvalidInput, match="beyond the range of bfloat16"):
+            await session.step(torch.full((1, 1, WIDTH), torch.finfo(torch.float32).max))
+        assert session.position == STEPS[0].shape[1]
+        session.rollback(0)
+        assert torch.equal(await session.step(STEPS[0]), before)
+        assert not blamed
+        await session.aclose()
+
+
 # What fails changes no token
 
 
