@@ -60,6 +60,13 @@ def add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="off",
         help="auto: send tokens that will probably come before they are asked for, where that pays; same text",
     )
+    generate.add_argument(
+        "--wire",
+        choices=("auto", "bf16", "int8"),
+        default="auto",
+        help="how hidden states travel: auto loses nothing; bf16 and int8 take fewer bytes, and the text may differ "
+        "(default: auto; --verbose shows what it takes)",
+    )
     console.add_json(generate, "text, ids and figures, at the end,")
     console.add_common(generate)
     generate.set_defaults(run=run_generate)
@@ -146,7 +153,10 @@ def run_generate(options: argparse.Namespace) -> int:
             torch.manual_seed(options.seed)
         ids = model.tokenizer(prompt, return_tensors="pt").input_ids
         streamer = None if options.json else TextPrinter(model.tokenizer)
-        with console.interruptible(), model.session() as session:
+        with (
+            console.interruptible(),
+            model.session(wire=options.wire, measures_error=options.verbose) as session,
+        ):
             # What cannot be done is said before anything is printed. (The last token is never sent.)
             session.prepare(1, ids.shape[1] + options.max_new_tokens - 1)
             started = time.monotonic()
@@ -165,6 +175,9 @@ def run_generate(options: argparse.Namespace) -> int:
                 raise
             seconds = time.monotonic() - started
             route = session.route
+            traffic = session.traffic if options.verbose else []
+    for hop in traffic:
+        print(hop, file=sys.stderr)
     new_tokens = output.shape[1] - ids.shape[1]
     if options.json:
         console.print_json(

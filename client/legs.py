@@ -14,10 +14,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
+import torch
 import trio
 
 from client.errors import InvalidInput, MissingBlocks, UnknownModel
 from client.routing import Hop, choose_chain
+from compute.wire_forms import CODEC, Account, Form, Sender
 from net import errors
 from net.host import Host
 from net.mux.base import Stream
@@ -43,6 +45,7 @@ LOOK_S = 1.0  # before the next look at what it announces
 BUSY_TRIES = 5
 MAX_RETRY_AFTER_S = 10.0  # a node that wants to be left alone for longer is asked again all the same
 MAX_LEAVING_S = 3600.0
+SENT_TIMEOUT_S = 2.0
 # What a node may blame the caller for when a session is opened. Steps are checked here before they are sent, so that
 # a node that refuses one is itself at fault.
 CALLERS_FAULT = frozenset({"bad-input", "bad-value", "too-long"})
@@ -98,14 +101,38 @@ class Leg:
     Attributes:
         key: the core's number of it.
         hop: which blocks, and who has them.
+        request: what the node is asked for.
+        account: of what it has been sent.
     """
 
     def __init__(
-        self, key: int, hop: Hop, request: wire.Open, host: Host, find_nodes: FindNodes, events: LegEvents
+        self,
+        key: int,
+        hop: Hop,
+        request: wire.Open,
+        host: Host,
+        find_nodes: FindNodes,
+        events: LegEvents,
+        form: Form,
     ) -> None:
+        """Begin.
+
+        Args:
+            key: the core's number of it.
+            hop: which blocks, and who has them.
+            request: what the node is asked for.
+            host: dials.
+            find_nodes: where the node is now.
+            events: who is told.
+            form: in which it is sent hidden states.
+        """
         self.key = key
         self.hop = hop
-        self._request = request
+        self.account = Account(form)
+        self.request = request
+        self._sender = Sender(
+            form, may_compress=CODEC in hop.node.codecs, measures_error=request.measures, account=self.account
+        )
         self._host = host
         self._node = hop.node
         self._find_nodes = find_nodes
@@ -118,6 +145,8 @@ class Leg:
         self._refused: errors.RpcError | None = None  # in this way
         self._asks_first = trio.Event()  # what is to be sent goes behind that question
         self._numbers = itertools.count(OWN_QUESTIONS)
+        self._sent: wire.Sent | None = None
+        self._said_sent = trio.Event()
         self._asked: dict[int, tuple[str, int]] = {}  # questions that are no steps: of what kind, about what
         self._outbox, self._outlet = trio.open_memory_channel[Pieces](math.inf)
         self._is_idle = True
@@ -134,7 +163,7 @@ class Leg:
         try:
             with self._scope:
                 self._stream, self._connection = await self._open_stream(OPEN_TIMEOUT_S)
-                self._messages = MessageStream(self._stream)
+                self._messages = MessageStream(self._stream, self._connection.line)
                 while True:
                     error = await self._talk()
                     if not self._may_return(error):
@@ -147,6 +176,7 @@ class Leg:
         except InvalidInput as error:
             self._events.leg_refused(self, error)
         finally:
+            self._said_sent.set()
             with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
                 if self._stream is not None:
                     await self._stream.aclose()
@@ -173,15 +203,42 @@ class Leg:
         """
         self._outbox.send_nowait(encode(message))
 
+    def send_hidden(self, hidden: torch.Tensor, fields: Mapping[str, Any]) -> None:
+        """Have hidden states sent.
+
+        Args:
+            hidden: in any numerics; not to be changed afterwards.
+            fields: of the message.
+
+        Shapes:
+            hidden: [b, t, d]
+
+        Raises:
+            BadInput: the leg's form has no room for these values.
+            LocalProtocolError: they are too many.
+        """
+        connection = self._connection or self._host.swarm.connection(self._node.peer_id)
+        said, tensor = self._sender.message(hidden, None if connection is None else connection.line.bytes_per_s)
+        self.send(Message(header={**fields, **said}, tensors=[tensor]))
+
     def link(self, following: Leg) -> None:
         """Have its node reach another leg's."""
         node = following.hop.node
-        link = wire.Link(peer_id=node.peer_id, addresses=node.addresses, token=following._request.push_token)
+        token = following.request.push_token
+        link = wire.Link(peer_id=node.peer_id, addresses=node.addresses, token=token, codecs=node.codecs)
         self._question("link", following.key, link.to_fields())
 
     def ask_where(self, number: int) -> None:
         """Have its node say where a step is."""
         self._question("where", number, {"of": number})
+
+    async def ask_sent(self) -> wire.Sent | None:
+        """What its node has sent of the session; ``None`` if it does not say soon."""
+        self._sent, self._said_sent = None, trio.Event()
+        self._question("sent", 0, {})
+        with trio.move_on_after(SENT_TIMEOUT_S):
+            await self._said_sent.wait()
+        return self._sent
 
     def _question(self, method: str, about: int, fields: Mapping[str, Any]) -> None:
         self._outbox.send_nowait(self._asking(method, about, fields))
@@ -204,7 +261,7 @@ class Leg:
         for tries_left in reversed(range(BUSY_TRIES)):
             self._opened, self._refused = trio.Event(), None
             if self._messages is not None:
-                await self._messages.send(self._asking("open", 0, self._request.to_fields()))
+                await self._messages.send(self._asking("open", 0, self.request.to_fields()))
             self._asks_first.set()
             with trio.move_on_after(OPEN_TIMEOUT_S) as scope:
                 await self._opened.wait()
@@ -224,10 +281,13 @@ class Leg:
 
     def _take_opening(self, header: Mapping[str, Any], refused: errors.RpcError | None) -> None:
         """Raises:
-        RemoteProtocolError: opened without a token.
+        RemoteProtocolError: opened without a token, or in another form.
         """
         if refused is None:
-            self._token = wire.read_token(header)
+            opened = wire.Opened.from_fields(header)
+            if opened.form != self.request.form:
+                raise errors.RemoteProtocolError(f"opened the session in {opened.form}, not in {self.request.form}")
+            self._token = opened.token
             self._events.leg_opened(self)
         else:
             self._refused = refused
@@ -370,6 +430,9 @@ class Leg:
             self._events.leg_linked(self, about, refused)
         elif method == "where" and refused is None:
             self._events.leg_placed(self, about, packing.field(header, "state", str, max_length=16))
+        elif method == "sent":
+            self._sent = None if refused is not None else wire.Sent.from_fields(header)
+            self._said_sent.set()
 
     async def _watch(self) -> None:
         """Notice when the node is lost, though nothing says so, and leave relays."""
@@ -406,7 +469,7 @@ class Leg:
             PeerFailed: it cannot be had; the leg is as it was.
         """
         stream, connection = await self._open_stream(MOVE_TIMEOUT_S, at_once=True)
-        messages = MessageStream(stream)
+        messages = MessageStream(stream, connection.line)
         # A node that was asked gives the session to this stream, and to no other: nobody must break it off in between.
         with trio.move_on_after(MOVE_TIMEOUT_S, shield=True) as scope:
             try:

@@ -16,12 +16,13 @@ import trio
 
 from client import session_core as core
 from client.errors import ClientError, InvalidInput, MissingBlocks, UnknownModel
+from client.forms import HopTraffic, SessionForms
 from client.journal import DECODE_TOKENS, Journal
 from client.legs import FindNodes, Leg
 from client.routing import Hop, Measurements, Wishes, choose_chain
 from client.session_core import SessionCore
 from compute.errors import BadInput
-from compute.tensors import from_wire, to_wire
+from compute.wire_forms import CODEC, from_message
 from net import errors
 from net.host import Host
 from net.identity import PeerId
@@ -29,7 +30,7 @@ from net.protocol import session as wire
 from net.protocol.announcement import NodeAnnouncement, Numerics
 from net.reputation import Reputation
 from net.rpc import lane
-from net.rpc.framing import MAX_FRAME_BYTES, MAX_HEADER_BYTES, Message, Tensor
+from net.rpc.framing import MAX_FRAME_BYTES, MAX_HEADER_BYTES, Message
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class Session:
         reputation: Reputation,
         *,
         max_length: int | None = None,
+        wire_form: str = "auto",
+        measures_error: bool = False,
     ) -> None:
         """Begin without a chain.
 
@@ -62,9 +65,11 @@ class Session:
             nursery: in which the session lives, from its first use until ``aclose``.
             reputation: what is known of nodes; it learns from what happens here.
             max_length: tokens to make room for; as many as the nodes allow by default.
+            wire_form: in which form hidden states travel: see ``AsyncSwarm.session``.
+            measures_error: whether to find out what is lost on the way, which takes time.
 
         Raises:
-            TypeError, InvalidInput: ``max_length`` is no whole number, or not above 0.
+            TypeError, InvalidInput: ``max_length`` is no whole number, or not above 0; no such form.
         """
         if isinstance(max_length, bool) or not isinstance(max_length, int | None):
             raise TypeError(f"max_length is a number of tokens, not {type(max_length).__name__}")
@@ -75,6 +80,8 @@ class Session:
         self._parent = nursery
         self._reputation = reputation
         self._requested_length = max_length
+        self._forms = SessionForms(wire_form)
+        self._measures = measures_error and self._forms.asked is not None
         self._journal = Journal()
         self._order: tuple[int, ...] = ()
         self._width = 0  # of hidden states
@@ -218,6 +225,24 @@ class Session:
             self._core.cut(position)
         self.position = position
 
+    async def traffic(self) -> list[HopTraffic]:
+        """What the hidden states of the session have taken so far, hop by hop, as the nodes say; within seconds."""
+        legs = [] if self._core is None else [self._legs[leg.key] for leg in self._core.legs]
+        said: dict[int, wire.Sent | None] = {}
+
+        async def ask(leg: Leg) -> None:
+            said[leg.key] = await leg.ask_sent()
+
+        async with trio.open_nursery() as nursery:
+            for leg in legs:
+                nursery.start_soon(ask, leg)
+        hops: list[HopTraffic] = []
+        for leg in legs:
+            handed_on = hops[-1].back if hops else None
+            sent = leg.account.summary() if leg.account.tokens else None
+            hops.append(HopTraffic(hop=leg.hop, to=handed_on or sent, back=said[leg.key]))
+        return hops
+
     async def aclose(self) -> None:
         """Free the session on its nodes. What it has computed can be computed again by the next step."""
         if self._core is None:
@@ -243,7 +268,7 @@ class Session:
     async def _awake(self) -> SessionCore:
         """The core, with a task that looks after it."""
         if self._core is None:
-            self._core = session = SessionCore(self._journal, self._choose)
+            self._core = session = SessionCore(self._journal, self._forms.within_cuts(self._choose))
             self._scope, self._ended, self._bug, self._nursery = trio.CancelScope(), trio.Event(), None, None
             try:
                 self._nursery = await self._parent.start(self._run, self._scope, self._ended)
@@ -328,7 +353,9 @@ class Session:
             case core.FindNodes(fresh=fresh):
                 nursery.start_soon(self._find, fresh)
             case core.Open(leg=key, hop=hop):
-                leg = self._legs[key] = Leg(key, hop, self._request(hop), self._host, self._find_nodes, self)
+                form = self._forms.into(hop)
+                leg = Leg(key, hop, self._request(hop), self._host, self._find_nodes, self, form)
+                self._legs[key] = leg
                 nursery.start_soon(leg.run)
             case core.Close(leg=key):
                 self._legs.pop(key).end()
@@ -343,14 +370,17 @@ class Session:
                 self._legs[action.leg].send(Message(header={**fields, "m": "resend", "end": action.end}))
 
     def _send(self, action: core.Send) -> None:
+        if self._core is not None:
+            self._forms.settle(leg.hop for leg in self._core.legs)
         hidden = action.payload
         if hidden is None:
             hidden = self._journal.get(action.position, action.end)
-        dtype, shape, data = to_wire(hidden)
-        message = Message(
-            header={**self._fields(action), "m": "step"}, tensors=[Tensor(dtype=dtype, shape=shape, data=data)]
-        )
-        self._legs[action.leg].send(message)
+        leg = self._legs[action.leg]
+        try:
+            leg.send_hidden(hidden, {**self._fields(action), "m": "step"})
+        except BadInput as error:
+            if self._core is not None:
+                self._core.forbidden(leg.key, InvalidInput(str(error)))
 
     def _fields(self, action: core.Send | core.Resend) -> Mapping[str, object]:
         return wire.Step(
@@ -370,6 +400,9 @@ class Session:
             batch=self.batch or 1,
             max_length=min(longest, self._requested_length or longest),
             pads=self.pads,
+            form=str(self._forms.out_of(hop)),
+            codecs=(CODEC,),
+            measures=self._measures,
         )
 
     async def _find(self, fresh: bool) -> None:
@@ -466,7 +499,7 @@ class Session:
             if tokens is None:
                 return
             try:
-                hidden = self._read_hidden(message, tokens)
+                hidden = self._read_hidden(message, tokens, leg)
             except errors.RemoteProtocolError as error:
                 session.failed(leg.key, f"answered a step with {error}", now)
             else:
@@ -485,8 +518,8 @@ class Session:
             if session is not None:
                 session.placed(leg.key, number, state, trio.current_time())
 
-    def _read_hidden(self, message: Message, tokens: int) -> torch.Tensor | None:
-        """Never believe a node: shape, dtype and finiteness of what it returns.
+    def _read_hidden(self, message: Message, tokens: int, leg: Leg) -> torch.Tensor | None:
+        """Never believe a node: form, shape and finiteness of what it returns.
 
         Raises:
             RemoteProtocolError: they are not what they should be.
@@ -495,15 +528,17 @@ class Session:
             return None
         if len(message.tensors) != 1:
             raise errors.RemoteProtocolError(f"{len(message.tensors)} tensors")
-        tensor = message.tensors[0]
-        if tensor.shape != (self.batch, tokens, self._width):
-            raise errors.RemoteProtocolError("another shape")
         try:
-            hidden = from_wire(tensor.dtype, tensor.shape, tensor.data)
+            hidden, form = from_message(message.header, message.tensors[0], self.batch or 1, self._width)
         except BadInput as error:
             raise errors.RemoteProtocolError(str(error)) from error
-        if hidden.dtype != torch.float32 or not torch.isfinite(hidden).all():
-            raise errors.RemoteProtocolError("values that are not finite or of another type")
+        if hidden.shape[1] != tokens:
+            raise errors.RemoteProtocolError("another shape")
+        if form != leg.request.form:
+            raise errors.RemoteProtocolError(f"values in {form}")
+        # Whoever is next may take them in a form with less room.
+        if not torch.isfinite(hidden.to(torch.bfloat16)).all():
+            raise errors.RemoteProtocolError("values that are not finite")
         return hidden
 
     def _piece_tokens(self, hidden: torch.Tensor) -> int:

@@ -47,7 +47,7 @@ OPEN_PATIENCE_S: Final = 2.5  # with a node that does not open the session, wher
 SPARE_LAG: Final = 32  # tokens that a new leg may lack when it takes the old one's place
 _PRAISE_EVERY: Final = 32  # runs: whose nodes have done well
 _NEVER: Final = float("inf")
-_FROM_BEFORE: Final = frozenset({"bad-shape", "bad-dtype", "not-finite", "bad-input", "bad-value"})
+_FROM_BEFORE: Final = frozenset({"bad-shape", "bad-dtype", "not-finite", "bad-input", "bad-value", "too-long"})
 
 
 class JournalView(Protocol):

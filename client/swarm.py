@@ -137,6 +137,8 @@ class AsyncSwarm:
         model: ServedModel,
         *,
         max_length: int | None = None,
+        wire: str = "auto",
+        measures_error: bool = False,
         accepts: Callable[[NodeAnnouncement], bool] = lambda _: True,
     ) -> Session:
         """A session over all blocks of a model; opened at its first step.
@@ -144,7 +146,13 @@ class AsyncSwarm:
         Args:
             model: which.
             max_length: reserve for this many tokens; as many as the nodes allow by default.
+            wire: in which form hidden states travel: "auto" for the nodes' activation type, in which nothing is lost;
+                "bf16" or "int8" for fewer bytes, and not quite the same values.
+            measures_error: find out what is lost on the way, for ``traffic``; that takes time.
             accepts: false for nodes that must not be used.
+
+        Raises:
+            TypeError, InvalidInput: ``max_length`` is no whole number above 0, or there is no such ``wire``.
         """
         from client.session import Session
 
@@ -162,7 +170,15 @@ class AsyncSwarm:
                 )
             return accepted
 
-        return Session(self.host, find, self._nursery, self.reputation, max_length=max_length)
+        return Session(
+            self.host,
+            find,
+            self._nursery,
+            self.reputation,
+            max_length=max_length,
+            wire_form=wire,
+            measures_error=measures_error,
+        )
 
     async def model(self, name: str) -> DistributedBloomForCausalLM:
         """A model of the swarm. Its methods block: call them with ``trio.to_thread.run_sync``.

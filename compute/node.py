@@ -37,6 +37,7 @@ from compute.placement import better_span, choose_span, coverage, keeps_move
 from compute.probe import probe
 from compute.serving import Held, Serving
 from compute.talking import ClientTalk, serve_pushes
+from compute.wire_forms import CODEC
 from compute.worth import Worth
 from net.dht import keys
 from net.dht.service import Dht
@@ -173,7 +174,13 @@ class Node:
         settings = self._settings.engine
         if cache_tokens is not None:
             settings = replace(settings, cache_tokens=cache_tokens)
-        serving = Serving(span, settings, resume_s=self._settings.resume_s, metrics=self.metrics)
+        serving = Serving(
+            span,
+            settings,
+            resume_s=self._settings.resume_s,
+            metrics=self.metrics,
+            line_bytes_per_s=lambda: self._worth.line_bytes_per_s,
+        )
         await nursery.start(serving.run)
         return serving
 
@@ -524,6 +531,7 @@ class Node:
             state="joining",
             agent=f"raceme/{VERSION}",
             reachability=self._host.reachability,
+            codecs=(CODEC,),
         )
 
     def _offer_loaded(self, engine: Engine) -> NodeAnnouncement:
@@ -541,7 +549,7 @@ class Node:
     # What we answer
 
     async def _serve(self, connection: Connection, stream: Stream) -> None:
-        await ClientTalk(self, self._host, connection.peer_id, stream).serve()
+        await ClientTalk(self, self._host, connection, stream).serve()
 
     async def _serve_pushes(self, _: Connection, stream: Stream) -> None:
         await serve_pushes(stream, self)

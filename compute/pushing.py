@@ -7,12 +7,14 @@ from typing import Final
 
 import trio
 
+from compute.wire_forms import Sender
 from net import errors
 from net.host import Host
 from net.identity import PeerId
 from net.multistream import LazyStream
 from net.protocol import session as wire
 from net.rpc.framing import Message, encode
+from net.rpc.line import LineSpeed
 from net.rpc.messages import MessageStream
 
 LINK_TIMEOUT_S: Final = 5.0  # for reaching the next node
@@ -20,17 +22,34 @@ SEND_TIMEOUT_S: Final = 1.5  # for it to take a result; the client can have it i
 
 
 class PushLink:
-    """Our stream to the next node, for one session."""
+    """Our stream to the next node, for one session.
 
-    def __init__(self, peer_id: PeerId, stream: LazyStream) -> None:
+    Attributes:
+        peer_id: whose node it is.
+        sender: makes what it is sent.
+        is_over: whether it takes nothing more.
+    """
+
+    def __init__(self, peer_id: PeerId, stream: LazyStream, line: LineSpeed, sender: Sender) -> None:
         self.peer_id = peer_id
+        self.sender = sender
         self.is_over = False
         self._stream = stream
-        self._messages = MessageStream(stream)
+        self._messages = MessageStream(stream, line)
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """Of the line there, if it has been slow enough to be noticed."""
+        return self._messages.line.bytes_per_s
 
     @classmethod
-    async def open(cls, host: Host, link: wire.Link) -> PushLink:
+    async def open(cls, host: Host, link: wire.Link, sender: Sender) -> PushLink:
         """Reach the next node and name the session. Whether it listens is known by :meth:`agree`.
+
+        Args:
+            host: dials.
+            link: who it is.
+            sender: makes what it is sent.
 
         Raises:
             PeerFailed: it cannot be reached in time.
@@ -38,7 +57,8 @@ class PushLink:
         try:
             with trio.fail_after(LINK_TIMEOUT_S):
                 connection = await host.connect(link.peer_id, link.addresses)
-                opened = cls(link.peer_id, await host.open_lazily_over(connection, wire.PUSH_PROTOCOL_ID))
+                stream = await host.open_lazily_over(connection, wire.PUSH_PROTOCOL_ID)
+                opened = cls(link.peer_id, stream, connection.line, sender)
                 await opened.send(Message(header={"token": link.token}))
         except trio.TooSlowError as error:
             raise errors.PeerFailed(link.peer_id, f"not reached in {LINK_TIMEOUT_S:g} s") from error

@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import trio
 from torch import Tensor
@@ -24,7 +24,7 @@ from compute.errors import EngineError, EngineStopped, Later
 from compute.metrics import Metrics
 from compute.outbox import Outbox, OutboxBudget
 from compute.pushing import PushLink
-from compute.tensors import from_wire, to_wire
+from compute.wire_forms import CODEC, Form, Sender, from_message
 from net.errors import NetError, RemoteProtocolError, RpcError
 from net.identity import PeerId
 from net.nurseries import open_service_nursery
@@ -36,12 +36,19 @@ __all__ = ["Ask", "Held", "Holder", "Serving"]
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+LONG_ELEMENTS: Final = 1 << 16  # of hidden states that are converted in a thread: that takes about 100 us
 MAX_LEFT_PER_PEER: Final = 4  # sessions that wait to be resumed
 LINKING_S: Final = 1.5  # for a node that a step is to be handed on to, and that is about to be reached
 
 
 class Holder(Protocol):
     """The stream that a session belongs to, towards its client."""
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """Of the line to the client, if it has been slow enough to be noticed."""
 
     async def send(self, message: Message) -> None:
         """Tell the client; a stream that is gone is no error."""
@@ -53,11 +60,13 @@ class Ask:
 
     Attributes:
         step: Where, and what becomes of the result.
+        fields: The message's.
         tensors: The hidden states as they came; not looked at yet.
         end: Of what is to be handed on again; ``None`` for a step.
     """
 
     step: wire.Step
+    fields: Mapping[str, Any] = field(default_factory=dict)
     tensors: tuple[framing.Tensor, ...] = ()
     end: int | None = None
 
@@ -69,6 +78,8 @@ class Held:
     Attributes:
         serving: Whose; ``None`` once it is over, for whoever has an idle stream must not hold a span in memory.
         holder: The stream that it belongs to; ``None`` while it waits to be resumed.
+        batch: Its rows.
+        sender: Makes what its client is sent.
         push_token: Who knows it may hand steps on to this session.
         link: The next node, if the client has named one that we have reached.
         linking: Set when it is known whether the one that was named last can be reached; ``None`` before one was.
@@ -83,6 +94,8 @@ class Held:
     push_token: bytes
     outbox: Outbox
     holder: Holder | None
+    batch: int
+    sender: Sender
     link: PushLink | None = None
     linking: trio.Event | None = None
     left_at: float = 0.0
@@ -157,9 +170,11 @@ class Held:
         if ask.end is None:
             if len(ask.tensors) != 1:
                 raise RpcError("bad-input", f"a step carries one tensor, not {len(ask.tensors)}")
+            width = serving.span.config.hidden_size
             with refusals(serving.metrics):
-                tensor = ask.tensors[0]
-                hidden = from_wire(tensor.dtype, tensor.shape, tensor.data)
+                hidden, _ = await _converted(
+                    lambda: from_message(ask.fields, ask.tensors[0], self.batch, width), ask.tensors[0]
+                )
                 result = await serving.engine.step(self.session_id, hidden, step.position, step.order)
             self.outbox.add(step.position, result, step.order)
         else:
@@ -167,17 +182,18 @@ class Held:
             if kept is None:
                 raise RpcError("no-history", "what these steps gave has not been kept here")
             result = kept
-        await self._deliver(step, result)
+        await self._deliver(step, result, serving)
 
-    async def _deliver(self, step: wire.Step, result: Tensor) -> None:
+    async def _deliver(self, step: wire.Step, result: Tensor, serving: Serving) -> None:
         """Hand a result on, or tell the client."""
         unpushed = False
         if step.push:
             link = await self._reached()
             if link is not None:
                 following = replace(step, push=step.push - 1)
+                fields, tensor = await serving.prepare(link.sender, result, link.bytes_per_s)
                 try:
-                    await link.send(Message(header=following.to_fields(), tensors=[_tensor(result)]))
+                    await link.send(Message(header={**following.to_fields(), **fields}, tensors=[tensor]))
                     return
                 except NetError as error:
                     logger.info("cannot hand on to %s: %s", link.peer_id, error)
@@ -188,7 +204,11 @@ class Held:
             header["unpushed"] = True
         if not unpushed:
             result = result[:, max(0, result.shape[1] - step.keep) :]
-        await self.answer(Message(header=header, tensors=[_tensor(result)] if result.shape[1] else ()))
+        if not result.shape[1] or self.holder is None:
+            await self.answer(Message(header=header))
+            return
+        fields, tensor = await serving.prepare(self.sender, result, self.holder.bytes_per_s)
+        await self.answer(Message(header={**header, **fields}, tensors=[tensor]))
 
     async def _reached(self) -> PushLink | None:
         """The next node, if it is reached soon."""
@@ -207,7 +227,15 @@ class Serving:
         held: Sessions by token.
     """
 
-    def __init__(self, span: BloomSpan, settings: EngineSettings, *, resume_s: float, metrics: Metrics | None) -> None:
+    def __init__(
+        self,
+        span: BloomSpan,
+        settings: EngineSettings,
+        *,
+        resume_s: float,
+        metrics: Metrics | None,
+        line_bytes_per_s: Callable[[], float | None] = lambda: None,
+    ) -> None:
         """Take a loaded span.
 
         Args:
@@ -215,11 +243,13 @@ class Serving:
             settings: Of the engine.
             resume_s: How long a session whose stream broke waits for its client to come back another way.
             metrics: Where what is refused is counted.
+            line_bytes_per_s: What our own line carries, as far as that was measured; no way is faster.
         """
         self.span = span
         self.engine = Engine(span, settings, metrics)
         self.metrics = metrics
         self.held: dict[bytes, Held] = {}
+        self._line_bytes_per_s = line_bytes_per_s
         self._by_push_token: dict[bytes, Held] = {}
         self._outboxes = OutboxBudget()
         self._resume_s = resume_s
@@ -281,9 +311,10 @@ class Serving:
         """Open a session for a stream.
 
         Raises:
-            EngineError: as ``Engine.open_session``; also when :meth:`drain` has begun.
+            EngineError: as ``Engine.open_session``; also when :meth:`drain` has begun, or for an unknown form.
             RpcError: ``bad-value``: another session has this push token.
         """
+        form = Form.read(request.form)
         if request.push_token in self._by_push_token:
             raise RpcError("bad-value", "another session has this push token: choose another at random")
         session_id = await self.engine.open_session(
@@ -305,10 +336,29 @@ class Serving:
             push_token=request.push_token,
             outbox=Outbox(self._outboxes),
             holder=holder,
+            batch=request.batch,
+            sender=Sender(form, may_compress=CODEC in request.codecs, measures_error=request.measures),
         )
         self.held[held.token] = self._by_push_token[held.push_token] = held
         self.start_soon(held.work)
         return held
+
+    async def prepare(
+        self, sender: Sender, hidden: Tensor, bytes_per_s: float | None
+    ) -> tuple[Mapping[str, Any], framing.Tensor]:
+        """A message's fields and tensor.
+
+        Args:
+            sender: Of the session, or of its link.
+            hidden: What it is to carry.
+            bytes_per_s: What was measured of the line to who gets it.
+
+        Raises:
+            RpcError: ``bad-value``: the session's form has no room for these values.
+        """
+        known = [speed for speed in (bytes_per_s, self._line_bytes_per_s()) if speed is not None]
+        with refusals(self.metrics):
+            return await _converted(lambda: sender.message(hidden, min(known, default=None)), hidden)
 
     def find_pushed(self, push_token: bytes) -> Held | None:
         """The session that who has this token may hand steps on to."""
@@ -377,6 +427,9 @@ def session_over() -> RpcError:
     return RpcError("no-session", "the session has ended here, or went on over another stream")
 
 
-def _tensor(result: Tensor) -> framing.Tensor:
-    dtype, shape, data = to_wire(result)
-    return framing.Tensor(dtype=dtype, shape=shape, data=data)
+async def _converted(convert: Callable[[], T], values: Tensor | framing.Tensor) -> T:
+    """Have many values converted in a thread, for others wait for this one."""
+    count = values.numel() if isinstance(values, Tensor) else memoryview(values.data).nbytes
+    if count < LONG_ELEMENTS:
+        return convert()
+    return await trio.to_thread.run_sync(convert)

@@ -9,15 +9,16 @@ import trio
 
 from compute.pushing import PushLink
 from compute.serving import Ask, Held, Serving, refusals, session_over
+from compute.wire_forms import CODEC
 from net import errors
 from net.errors import RpcError
 from net.host import Host
-from net.identity import PeerId
 from net.mux.base import Stream
 from net.protocol import session as wire
 from net.rpc import lane
 from net.rpc.framing import Message, encode
 from net.rpc.messages import MessageStream
+from net.swarm import Connection
 
 SESSION_IDLE_S: Final = 600.0  # a session nobody uses
 PUSH_WAIT_S: Final = 2.0  # for a session to be opened that another node is to hand on to: its client is on its way
@@ -44,13 +45,18 @@ class Node(Protocol):
 class ClientTalk:
     """A client's stream."""
 
-    def __init__(self, node: Node, host: Host, peer_id: PeerId, stream: Stream) -> None:
+    def __init__(self, node: Node, host: Host, connection: Connection, stream: Stream) -> None:
         self._node = node
         self._host = host
-        self._peer_id = peer_id
+        self._peer_id = connection.peer_id
         self._stream = stream
-        self._messages = MessageStream(stream)
+        self._messages = MessageStream(stream, connection.line)
         self._held: Held | None = None
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """Of the line to the client, if it has been slow enough to be noticed."""
+        return self._messages.line.bytes_per_s
 
     async def serve(self) -> None:
         """Answer until the stream ends, or nothing is asked for too long.
@@ -88,6 +94,7 @@ class ClientTalk:
             "step": self._step,
             "resend": self._resend,
             "where": self._where,
+            "sent": self._sent,
         }
         method = methods.get(message.header.get("m"))
         try:
@@ -113,7 +120,8 @@ class ClientTalk:
         self._node.opened = trio.Event()
         stats = serving.engine.stats
         left = stats.cache_max_tokens - stats.cache_used_tokens
-        return Message(header={"cache_tokens_left": left, "token": held.token})
+        opened = wire.Opened(token=held.token, form=str(held.sender.form))
+        return Message(header={"cache_tokens_left": left, **opened.to_fields()})
 
     async def _resume(self, message: Message) -> Message:
         """Take over a session of the same peer from a stream that broke, or that the peer wants to leave."""
@@ -135,7 +143,7 @@ class ClientTalk:
 
     async def _reach(self, held: Held, done: trio.Event, link: wire.Link, number: int) -> None:
         try:
-            opened = await PushLink.open(self._host, link)
+            opened = await PushLink.open(self._host, link, held.sender.alike(may_compress=CODEC in link.codecs))
         except errors.NetError as error:
             done.set()
             await held.answer(Message(header={**lane.refusal(RpcError("unreachable", str(error))), "id": number}))
@@ -158,7 +166,7 @@ class ClientTalk:
     async def _step(self, message: Message) -> None:
         """Run the next tokens."""
         held, _ = self._mine()
-        await held.ask(Ask(step=wire.Step.from_fields(message.header), tensors=tuple(message.tensors)))
+        await held.ask(_step(message))
 
     async def _resend(self, message: Message) -> None:
         """Hand on again what steps gave before."""
@@ -170,6 +178,11 @@ class ClientTalk:
         """How far a step has come."""
         held, _ = self._mine()
         return Message(header={"state": held.where(wire.read_id(message.header, "of"))})
+
+    async def _sent(self, _message: Message) -> Message:
+        """What the session has sent from here."""
+        held, _ = self._mine()
+        return Message(header=held.sender.account.summary().to_fields())
 
     def _mine(self) -> tuple[Held, Serving]:
         held = self._held
@@ -202,7 +215,7 @@ async def serve_pushes(stream: Stream, node: Node) -> None:
         if scope.cancelled_caught or message is None:
             return
         try:
-            await held.ask(Ask(step=wire.Step.from_fields(message.header), tensors=tuple(message.tensors)))
+            await held.ask(_step(message))
         except RpcError:
             return  # the session is over, and its client knows
 
@@ -214,3 +227,10 @@ async def _find_pushed(node: Node, push_token: bytes) -> Held | None:
             await node.opened.wait()
         return held
     return None
+
+
+def _step(message: Message) -> Ask:
+    """Raises:
+    RemoteProtocolError: missing or out of bounds.
+    """
+    return Ask(step=wire.Step.from_fields(message.header), fields=message.header, tensors=tuple(message.tensors))

@@ -16,7 +16,7 @@ from compute.outcomes import outcome_file
 
 VERSION: Final = 1  # of the method; another one measures anew
 MAX_AGE_S: Final = 24 * 3600.0  # machines stay as they are for longer, their lines may not
-ELEMENT_BYTES: Final = 4  # of hidden states on the wire, float32
+ELEMENT_BYTES: Final = 4  # of hidden states on the wire, in float32
 
 FACTOR: Final = 1.3  # a speed that differs by more from what was announced has changed ...
 NEAR: Final = 1.15  # ... until it is as near as that again
@@ -52,20 +52,26 @@ class Throughput:
             if value is not None and not 0.0 < value < math.inf:
                 raise ValueError(f"{name} is {value!r}, expected a positive number")
 
-    def effective_tokens_per_s(self, hidden_size: int) -> float:
+    def effective_tokens_per_s(self, hidden_size: int, element_bytes: int = ELEMENT_BYTES) -> float:
         """What to announce. Raises: as the function of this name."""
-        return effective_tokens_per_s(self.decode_tokens_per_s, self.network_bytes_per_s, hidden_size)
+        return effective_tokens_per_s(self.decode_tokens_per_s, self.network_bytes_per_s, hidden_size, element_bytes)
 
 
-def effective_tokens_per_s(decode_tokens_per_s: float, network_bytes_per_s: float | None, hidden_size: int) -> float:
+def effective_tokens_per_s(
+    decode_tokens_per_s: float,
+    network_bytes_per_s: float | None,
+    hidden_size: int,
+    element_bytes: int = ELEMENT_BYTES,
+) -> float:
     """How many tokens a node can serve per second: what it computes, or what its line carries if that is less.
 
-    A token comes in and goes out as ``hidden_size`` elements of four bytes each.
+    A token comes in and goes out as ``hidden_size`` elements.
 
     Args:
         decode_tokens_per_s: Computed.
         network_bytes_per_s: As in ``Throughput``; ``None`` counts as no limit.
         hidden_size: Of the model.
+        element_bytes: Of the type that its activations have, in which they travel by default.
 
     Raises:
         ValueError: ``hidden_size`` is less than 1.
@@ -74,7 +80,7 @@ def effective_tokens_per_s(decode_tokens_per_s: float, network_bytes_per_s: floa
         raise ValueError(f"hidden_size is {hidden_size}, expected at least 1")
     if network_bytes_per_s is None:
         return decode_tokens_per_s
-    return min(decode_tokens_per_s, network_bytes_per_s / (2 * ELEMENT_BYTES * hidden_size))
+    return min(decode_tokens_per_s, network_bytes_per_s / (2 * element_bytes * hidden_size))
 
 
 @dataclass(frozen=True, kw_only=True)

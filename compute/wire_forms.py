@@ -12,7 +12,7 @@ Wire, of hidden states [b, t, d], all little-endian::
                                 (the last may be fewer), their scale as bfloat16. A value is level * scale
 
 Beside them travels a map: empty, or ``{"codec": "shuffle-zstd"}`` if ``compute.compression`` made these bytes fewer.
-Their shape and form do not travel: both sides know them from the session.
+How a message says which form it has, and of how many tokens, stands in ``net.protocol.session``.
 
 A scale is the largest magnitude of its values / 127, rounded. bfloat16 has float32's range, which gradients need, and
 adds 0.4 % to the error that a scale in float32 has; float16 would add nothing, and overflow. To encode what was decoded
@@ -49,6 +49,8 @@ from torch import Tensor
 from compute.compression import Bytes, CompressionChoice, Part, compress, decompress
 from compute.errors import BadInput
 from compute.tensors import from_wire, tensor_bytes, to_wire
+from net.protocol import session as wire
+from net.rpc import framing
 from net.rpc.framing import MAX_FRAME_BYTES
 
 BLOCK: Final = 64  # levels that share a scale
@@ -240,6 +242,51 @@ def _blocks(width: int) -> int:
 _WIRE_NAMES: Final = {Form.FLOAT32: "f32", Form.FLOAT16: "f16", Form.BFLOAT16: "bf16"}
 
 
+def to_message(hidden: Tensor, form: Form) -> tuple[dict[str, Any], framing.Tensor]:
+    """A message's fields and its tensor, not compressed. Raises: as :func:`encode`."""
+    return _in_message(*encode(hidden, form), form, hidden.shape)
+
+
+def from_message(fields: Mapping[str, Any], tensor: framing.Tensor, batch: int, width: int) -> tuple[Tensor, Form]:
+    """Hidden states out of a message, always as float32, so that what is computed of them loses nothing; and the form
+    that they had. As :func:`decode`, they may be anything but of another size.
+
+    Args:
+        fields: The message's.
+        tensor: Its only one.
+        batch: Rows of the session.
+        width: Of its hidden states.
+
+    Shapes:
+        returns: [b, t, d]
+
+    Raises:
+        BadInput: as :func:`decode`; ``bad-dtype``: an unknown form, or no hidden states at all.
+        RemoteProtocolError: bytes without a number of tokens.
+    """
+    form = _BY_WIRE_NAME.get(tensor.dtype)
+    if form is not None:
+        if tensor.shape[:1] != (batch,) or tensor.shape[2:] != (width,):
+            raise BadInput("bad-shape", f"hidden states {list(tensor.shape)}, expected [{batch}, t, {width}]")
+        return decode({}, tensor.data, form, tensor.shape, torch.float32), form
+    if tensor.dtype != "u8":
+        raise BadInput("bad-dtype", f"hidden states in {tensor.dtype!r:.40}")
+    form = Form.read(fields.get("form"))
+    return decode(fields, tensor.data, form, (batch, wire.read_tokens(fields), width), torch.float32), form
+
+
+def _in_message(
+    fields: dict[str, Any], data: Bytes, form: Form, shape: Sequence[int]
+) -> tuple[dict[str, Any], framing.Tensor]:
+    if form in _WIRE_NAMES and not fields:
+        return {}, framing.Tensor(dtype=_WIRE_NAMES[form], shape=tuple(shape), data=data)
+    said = {**fields, "form": str(form), "tokens": shape[1]}
+    return said, framing.Tensor(dtype="u8", shape=(memoryview(data).nbytes,), data=data)
+
+
+_BY_WIRE_NAME: Final = {name: form for form, name in _WIRE_NAMES.items()}
+
+
 class Sender:
     """What one side of a session sends to the other: encoded, compressed where that pays, accounted for.
 
@@ -256,6 +303,7 @@ class Sender:
         *,
         may_compress: bool,
         measures_error: bool = False,
+        account: Account | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Begin.
@@ -264,13 +312,24 @@ class Sender:
             form: The session's.
             may_compress: Whether the peer has said that it decompresses.
             measures_error: Whether to decode everything, to know what was lost.
+            account: Of what has been sent, also by others in the same form; a new one by default.
             clock: Seconds that never go back.
         """
         self.form = form
-        self.account = Account(form)
+        self.account = account or Account(form)
         self._measures_error = measures_error
         self._clock = clock
         self._choice = CompressionChoice(clock) if may_compress else None
+
+    def alike(self, *, may_compress: bool) -> Sender:
+        """One for another peer, which adds to the same account."""
+        return Sender(
+            self.form,
+            may_compress=may_compress,
+            measures_error=self._measures_error,
+            account=self.account,
+            clock=self._clock,
+        )
 
     def encode(self, hidden: Tensor, link_bytes_per_s: float | None) -> tuple[dict[str, Any], Bytes]:
         """As the function of this name.
@@ -293,6 +352,10 @@ class Sender:
             self.account.add_error(hidden, received)
         return fields, data
 
+    def message(self, hidden: Tensor, link_bytes_per_s: float | None) -> tuple[dict[str, Any], framing.Tensor]:
+        """The same as a message's fields and its tensor."""
+        return _in_message(*self.encode(hidden, link_bytes_per_s), self.form, hidden.shape)
+
     def _compressed(self, hidden: Tensor, choice: CompressionChoice) -> tuple[dict[str, Any], Bytes]:
         plain, parts = _plain(hidden, self.form), self.form.parts(hidden.shape)
         began = self._clock()
@@ -307,7 +370,7 @@ class Sender:
 
 
 class Account:
-    """How many bytes tokens took on their way to one peer, and what was lost of them.
+    """How many bytes tokens took on their way, and what was lost of them.
 
     Attributes:
         form: In which they were sent.
@@ -337,15 +400,17 @@ class Account:
     @property
     def bytes_per_token(self) -> float:
         """The average; 0 before anything was sent."""
-        return self.sent_bytes / self.tokens if self.tokens else 0.0
+        return self.summary().bytes_per_token
 
     @property
     def relative_error(self) -> float | None:
         """Root mean square of what was lost, relative to that of the values; ``None`` if it was not measured."""
         return math.sqrt(self._off / self._size) if self._size else None
 
+    def summary(self) -> wire.Sent:
+        """What is said of it to others."""
+        return wire.Sent(form=str(self.form), tokens=self.tokens, n_bytes=self.sent_bytes, error=self.relative_error)
+
     def __str__(self) -> str:
         """For people: ``int8, 132 bytes a token, error 0.66 %``."""
-        error = self.relative_error
-        lost = "" if error is None else f", error {100 * error:.2g} %"
-        return f"{self.form}, {self.bytes_per_token:.0f} bytes a token{lost}"
+        return str(self.summary())

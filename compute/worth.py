@@ -14,6 +14,7 @@ import torch
 import trio
 
 from compute.checkpoint import Checkpoint
+from compute.devices import default_dtype
 from compute.engine import Engine
 from compute.node_settings import NodeSettings
 from compute.throughput import Configuration, Drift, Throughput, effective_tokens_per_s, throughput
@@ -48,7 +49,17 @@ class Worth:
     @property
     def tokens_per_s(self) -> float:
         """What to announce; 0 before anything was measured."""
-        return 0.0 if self.speed is None else self.speed.effective_tokens_per_s(self._checkpoint.config.hidden_size)
+        return 0.0 if self.speed is None else self.speed.effective_tokens_per_s(*self._element)
+
+    @property
+    def _element(self) -> tuple[int, int]:
+        """How many elements a token's hidden state has, and how many bytes each."""
+        return self._checkpoint.config.hidden_size, default_dtype(self._settings.devices[0]).itemsize
+
+    @property
+    def line_bytes_per_s(self) -> float | None:
+        """What our line carries to the best of some peers; ``None`` while that has not been measured."""
+        return None if self.speed is None else self.speed.network_bytes_per_s
 
     async def find(self, engine: Engine, linear: str) -> None:
         """Measure, or remember, unless that has been done for this form.
@@ -91,7 +102,7 @@ class Worth:
                     logger.info("no line measured with %s: %s", contact.peer_id, error)
                     continue
                 best = max(best or 0.0, found)
-                if effective_tokens_per_s(tokens_per_s, best, self._checkpoint.config.hidden_size) == tokens_per_s:
+                if effective_tokens_per_s(tokens_per_s, best, *self._element) == tokens_per_s:
                     break
         return best
 

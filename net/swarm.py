@@ -27,6 +27,7 @@ from net.mux.driver import PROTOCOL_ID as YAMUX
 from net.mux.driver import YamuxConnection
 from net.nat import endpoints
 from net.nurseries import open_service_nursery
+from net.rpc.line import LineSpeed
 from net.security.base import SecureChannel, Security
 from net.security.swarm_key import PrivateStream, SwarmKey
 from net.transports.base import (
@@ -60,6 +61,7 @@ class Connection:
     mux: Muxer
     since: float  # trio's time
     limit: TrafficLimit | None = None  # set by the relay that carries it
+    line: LineSpeed = field(default_factory=LineSpeed)  # as far as our messages have shown it
     ended: trio.Event = field(default_factory=trio.Event)
 
     @property

@@ -79,7 +79,9 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
             raise UnknownModel(f"the files of {self.served.name} hold no tokenizer; pass token ids to generate()")
         return self._tokenizer
 
-    def session(self, *, max_length: int | None = None) -> SessionCache:
+    def session(
+        self, *, max_length: int | None = None, wire: str = "auto", measures_error: bool = False
+    ) -> SessionCache:
         """A session that keeps its tokens across calls: ``generate(ids, session=session)``.
 
         ``ids`` are always all tokens from the beginning. Those at their start that the session has are not computed
@@ -87,9 +89,18 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
 
         Args:
             max_length: reserve for this many tokens; as many as the nodes allow by default.
+            wire: in which form hidden states travel: "auto" for the nodes' activation type, in which nothing is lost;
+                "bf16" or "int8" (in blocks of 64) for fewer bytes, and not quite the same values. Whichever it is,
+                tokens do not depend on nodes that fail.
+            measures_error: find out what is lost on the way, for ``session.traffic``; that takes time.
+
+        Raises:
+            InvalidInput: there is no such ``wire``, or ``max_length`` is not above 0.
         """
         session = self._portal.call(
-            lambda: self._swarm.session(self.served, max_length=max_length, accepts=self._accepts)
+            lambda: self._swarm.session(
+                self.served, max_length=max_length, wire=wire, measures_error=measures_error, accepts=self._accepts
+            )
         )
         return SessionCache(session, self._portal)
 
@@ -99,6 +110,7 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         *args: Any,
         session: SessionCache | None = None,
         draft: str | PreTrainedModel | None = None,
+        wire: str | None = None,
         **options: Any,
     ) -> Any:
         """transformers' ``generate``: greedy, sampling, beams, penalties, stopping criteria, streamers, padded batches.
@@ -109,6 +121,7 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
             draft: "auto" to send tokens that will probably be asked for before they are: as the context goes on where
                 it began like this before, wherever that pays. A small model with the same tokenizer to have it guess,
                 too. The tokens are the same in any case, greedy or sampled; with several rows nothing is drafted.
+            wire: as of ``self.session()``; without a session alone, which has its own.
             options: transformers'.
 
         Shapes:
@@ -123,6 +136,8 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
             raise InvalidInput('draft is None, "auto", or a causal language model of transformers\'')
         if session is not None and not isinstance(session, SessionCache):
             raise InvalidInput(f"session is what model.session() gives, not {type(session).__name__}")
+        if session is not None and wire is not None:
+            raise InvalidInput("wire is fixed when a session opens: give it to model.session()")
         ids = inputs if inputs is not None else options.get("input_ids")
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
             raise InvalidInput("generate takes token ids as an integer tensor of shape [batch, tokens]")
@@ -132,7 +147,7 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         # lacks and send everything again for each token.
         options["use_cache"] = True
         if session is None:
-            with self.session() as fresh:
+            with self.session(wire="auto" if wire is None else wire) as fresh:
                 return self.generate(inputs, *args, session=fresh, draft=draft, **options)
         session.keep_prefix(ids)
         session.drafter = None if draft is None else self._drafter(draft)

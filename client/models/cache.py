@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from client.drafting.base import Drafter
+    from client.forms import HopTraffic
     from client.session import Session
 
 
@@ -113,6 +114,12 @@ class SessionCache:
     def route(self) -> list[tuple[str, int, int]]:
         """(PeerId, first block, end block) of each hop in use."""
         return [(str(hop.node.peer_id), hop.start, hop.end) for hop in self._session.chain]
+
+    @property
+    def traffic(self) -> list[HopTraffic]:
+        """What the hidden states have taken on each hop in use, as its nodes say: form, bytes, error if measured."""
+        self._check_open()
+        return self._portal.call(self._session.traffic)
 
     def prepare(self, batch: int, tokens: int = 0) -> int:
         """Open the session for ``batch`` rows; returns how many tokens fit.

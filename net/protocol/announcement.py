@@ -13,6 +13,7 @@ body = {
     "reachability": str?                public, mapped, punchable, relay-only, unknown (which is what its lack means)
     "next": [int, int]?                 the span [start, end) that the node moves to: loads now, and will serve instead
     "round_trips": {bytes: float}?      to nodes before and behind it in chains, by PeerId, in seconds; at most 32
+    "codecs": [str...]?                 which the node can undo; none if missing
     "waiting": float?                   steps that wait or run there, on average over the last half minute; 0 if missing
 }
 """
@@ -44,6 +45,8 @@ MAX_NAME_CHARACTERS = 96
 MAX_ROUND_TRIPS = 32  # 50 bytes each: records of less than 4 KiB have their signatures checked once alone
 MAX_ROUND_TRIP_S = 60.0
 MAX_WAITING = 1e4
+MAX_CODECS = 8
+MAX_CODEC_CHARACTERS = 16
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
 STATE = re.compile(r"joining|online")
 REACHABILITY = re.compile(r"public|mapped|punchable|relay-only|unknown")
@@ -69,6 +72,7 @@ class NodeAnnouncement:
     Attributes:
         round_trips: to other nodes, in seconds; the first ``MAX_ROUND_TRIPS`` are announced.
         waiting: steps that wait or run, on average.
+        codecs: for hidden states that it is sent.
     """
 
     peer_id: PeerId
@@ -89,6 +93,7 @@ class NodeAnnouncement:
     next: tuple[int, int] | None = None
     round_trips: Mapping[PeerId, float] = field(default_factory=dict, hash=False)
     waiting: float = 0.0
+    codecs: tuple[str, ...] = ()
 
     def to_body(self) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -114,6 +119,8 @@ class NodeAnnouncement:
             body["round_trips"] = {peer.to_bytes(): seconds for peer, seconds in named}
         if self.waiting:
             body["waiting"] = self.waiting
+        if self.codecs:
+            body["codecs"] = list(self.codecs)
         return body
 
     @classmethod
@@ -152,7 +159,16 @@ class NodeAnnouncement:
             next=_next(body, blocks) if "next" in body else None,
             round_trips=_round_trips(body) if "round_trips" in body else {},
             waiting=packing.number({"waiting": 0.0, **body}, "waiting", 0.0, MAX_WAITING),
+            codecs=read_codecs(body),
         )
+
+
+def read_codecs(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Raises:
+    RemoteProtocolError: too many, or no names.
+    """
+    named = {"codecs": [], **fields}
+    return tuple(packing.items(named, "codecs", str, max_items=MAX_CODECS, max_length=MAX_CODEC_CHARACTERS))
 
 
 def _round_trips(body: Mapping[str, Any]) -> dict[PeerId, float]:

@@ -3,12 +3,14 @@
 The client asks, with a number of the question's own (``"id"``) and ``"m"``, the method; an answer carries the number,
 and its fields, or ``"e"`` (a code), ``"why"`` and perhaps ``"retry_after_s"``.
 
-    open   {"digest", "start", "end", "batch", "max_length", "push_token", "pads"?} -> {"cache_tokens_left", "token"}
+    open   {"digest", "start", "end", "batch", "max_length", "push_token", "pads"?, "form"?, "codecs"?, "measures"?}
+                                                                         -> {"cache_tokens_left", "token", "form"?}
     resume {"token"}                                                     -> {}
-    link   {"peer", "addresses", "token"}                                -> {}
+    link   {"peer", "addresses", "token", "codecs"?}                     -> {}
     step   {"position", "push", "keep", "order"?} + hidden               -> {} + hidden of the last ``keep`` tokens
     resend {"position", "end", "push", "keep"}                           -> the same
     where  {"of"}                                                        -> {"state"}
+    sent   {}                                                            -> {"form", "tokens", "bytes", "error"?}
 
 The client need not wait for the answer to ``open`` before it asks for more, nor for that to ``link``: a step that is to
 be handed on waits a little for the next node to be reached.
@@ -25,6 +27,17 @@ there; who comes before that waits a little for it. A node that cannot hand on a
 
     {"token"}                                         once, first; no answer but the stream's end if it is not known
     {"id", "position", "push", "keep", "order"?} + hidden
+
+**Hidden states** are one tensor, in the form that the session was opened with (``float32`` if it names none) when they
+come from a node, whoever gets them; what comes to it says itself which form it has. In one of floats this is a tensor
+of that type, [b, t, d]. Whatever else they are, int8 or compressed, is bytes (``u8``, [n]), and beside the message's
+other fields:
+
+    {"form", "tokens", "codec"?}                ``tokens`` is t; b and d are the session's
+
+``codecs`` are those that whoever names them can undo. Nodes announce theirs, and ``link`` passes on the next node's.
+``sent`` is what the node has sent of the session, all ways together; with ``measures`` also how large its error is,
+relative to it.
 
 **Order.** A session's steps have rising numbers, on all its nodes together. A step whose number is not above all
 before it has come late, whichever way, and is dropped: the client has done without it. ``resend`` hands on what steps
@@ -47,7 +60,7 @@ from net.addresses import Multiaddr
 from net.dht import wire
 from net.errors import RemoteProtocolError
 from net.identity import PeerId
-from net.protocol.announcement import MAX_BLOCKS
+from net.protocol.announcement import MAX_BLOCKS, read_codecs
 from net.rpc import packing
 
 PROTOCOL_ID = "/raceme/session/2"
@@ -56,16 +69,27 @@ MAX_BATCH = 256
 MAX_LENGTH = 2**20
 MAX_HOPS = 64
 MAX_ID = 2**53
+MAX_FORM_CHARACTERS = 16
+MAX_ERROR = 1e3  # of what is sent, relative to it: there is no more
+FORM = "float32"  # of sessions that name none
 MAX_AHEAD = 8  # steps of one session that a node takes before the first has been done
 TOKEN_BYTES = 16  # whoever guesses it would have to be the same peer, too
 
 
 @dataclass(frozen=True, kw_only=True)
 class Open:
-    """What a client asks for: its model, blocks [start, end), rows, and the longest it may get.
+    """What a client asks for.
 
     Attributes:
+        digest: Of the model.
+        start, end: Blocks [start, end).
+        batch: Rows.
+        max_length: The longest it may get.
+        pads: With how many tokens of padding each row begins.
         push_token: Who knows it may hand steps on to the session.
+        form: In which its results travel.
+        codecs: Which the client can undo.
+        measures: Whether to find out how large the form's error is.
     """
 
     digest: str
@@ -75,6 +99,9 @@ class Open:
     max_length: int
     pads: tuple[int, ...] | None = None
     push_token: bytes = field(default_factory=lambda: secrets.token_bytes(TOKEN_BYTES))
+    form: str = FORM
+    codecs: tuple[str, ...] = ()
+    measures: bool = False
 
     def to_fields(self) -> dict[str, Any]:
         fields: dict[str, Any] = {
@@ -84,9 +111,13 @@ class Open:
             "batch": self.batch,
             "max_length": self.max_length,
             "push_token": self.push_token,
+            "form": self.form,
+            "codecs": list(self.codecs),
         }
         if self.pads is not None:
             fields["pads"] = list(self.pads)
+        if self.measures:
+            fields["measures"] = True
         return fields
 
     @classmethod
@@ -104,22 +135,52 @@ class Open:
             max_length=packing.integer(fields, "max_length", 1, MAX_LENGTH),
             pads=_integers(fields, "pads", batch, MAX_LENGTH) if "pads" in fields else None,
             push_token=read_token(fields, "push_token"),
+            form=_form(fields),
+            codecs=read_codecs(fields),
+            measures=packing.field({"measures": False, **fields}, "measures", bool),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
+class Opened:
+    """What a node answers.
+
+    Attributes:
+        token: By which the session can be resumed.
+        form: In which its results will travel.
+    """
+
+    token: bytes
+    form: str = FORM
+
+    def to_fields(self) -> dict[str, Any]:
+        return {"token": self.token, "form": self.form}
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Opened:
+        """Raises:
+        RemoteProtocolError: missing or out of bounds.
+        """
+        return cls(token=read_token(fields), form=_form(fields))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Link:
-    """Who is next: where to reach it, and the token by which the client opens the session there."""
+    """Who is next: where to reach it, the token by which the client opens the session there, and which codecs it can
+    undo.
+    """
 
     peer_id: PeerId
     addresses: tuple[Multiaddr, ...]
     token: bytes
+    codecs: tuple[str, ...] = ()
 
     def to_fields(self) -> dict[str, Any]:
         return {
             "peer": self.peer_id.to_bytes(),
             "addresses": wire.write_addresses(self.addresses),
             "token": self.token,
+            "codecs": list(self.codecs),
         }
 
     @classmethod
@@ -131,7 +192,10 @@ class Link:
         if not peer_id:
             raise RemoteProtocolError("a link to nobody")
         return cls(
-            peer_id=PeerId(peer_id), addresses=wire.read_addresses(fields, "addresses"), token=read_token(fields)
+            peer_id=PeerId(peer_id),
+            addresses=wire.read_addresses(fields, "addresses"),
+            token=read_token(fields),
+            codecs=read_codecs(fields),
         )
 
 
@@ -177,6 +241,58 @@ class Step:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """What one side has sent of a session.
+
+    Attributes:
+        form: In which.
+        tokens: Of all rows.
+        n_bytes: Of their hidden states.
+        error: Root mean square of what was lost, relative to that of the values; ``None`` if it was not measured.
+    """
+
+    form: str
+    tokens: int
+    n_bytes: int
+    error: float | None = None
+
+    @property
+    def bytes_per_token(self) -> float:
+        """The average; 0 before anything was sent."""
+        return self.n_bytes / self.tokens if self.tokens else 0.0
+
+    def __str__(self) -> str:
+        """For people: ``int8, 132 bytes a token, error 0.66 %``."""
+        lost = "" if self.error is None else f", error {100 * self.error:.2g} %"
+        return f"{self.form}, {self.bytes_per_token:.0f} bytes a token{lost}"
+
+    def to_fields(self) -> dict[str, Any]:
+        fields: dict[str, Any] = {"form": self.form, "tokens": self.tokens, "bytes": self.n_bytes}
+        if self.error is not None:
+            fields["error"] = self.error
+        return fields
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Sent:
+        """Raises:
+        RemoteProtocolError: missing or out of bounds.
+        """
+        return cls(
+            form=_form(fields),
+            tokens=packing.integer(fields, "tokens", 0, MAX_ID),
+            n_bytes=packing.integer(fields, "bytes", 0, MAX_ID),
+            error=packing.number(fields, "error", 0.0, MAX_ERROR) if "error" in fields else None,
+        )
+
+
+def read_tokens(fields: Mapping[str, Any]) -> int:
+    """Raises:
+    RemoteProtocolError: no number of tokens of hidden states that travel as bytes.
+    """
+    return packing.integer(fields, "tokens", 1, MAX_LENGTH)
+
+
 def read_id(fields: Mapping[str, Any], name: str = "id") -> int:
     """Raises:
     RemoteProtocolError: no number of a question.
@@ -199,6 +315,10 @@ def read_token(fields: Mapping[str, Any], name: str = "token") -> bytes:
     if len(token) != TOKEN_BYTES:
         raise RemoteProtocolError(f"a token of {len(token)} bytes")
     return token
+
+
+def _form(fields: Mapping[str, Any]) -> str:
+    return packing.field({"form": FORM, **fields}, "form", str, max_length=MAX_FORM_CHARACTERS)
 
 
 def _integers(fields: Mapping[str, Any], name: str, count: int, below: int) -> tuple[int, ...]:

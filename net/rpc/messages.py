@@ -7,9 +7,11 @@ import trio
 from net import errors
 from net.mux.base import Stream
 from net.rpc.framing import Decoder, Message
+from net.rpc.line import LineSpeed, Waits
 
 MIN_BYTES_PER_S = 1024  # once a message has begun: slower senders are cut off
 FIRST_BYTES_S = 5.0
+SLICE_BYTES = 128 * 1024  # of a long message: handed over one after another, to see when we have to wait
 
 Pieces = list[bytes | bytearray | memoryview]
 
@@ -17,8 +19,16 @@ Pieces = list[bytes | bytearray | memoryview]
 class MessageStream:
     """See the module. One task reads; several may send, whose messages are never mixed."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, line: LineSpeed | None = None) -> None:
+        """Take a stream.
+
+        Args:
+            stream: nobody else uses it.
+            line: learns how fast the connection below is, if that shows.
+        """
         self._stream = stream
+        self.line = line or LineSpeed()
+        self._waits = Waits(self.line)
         self._decoder = Decoder()
         self._ready: list[Message] = []
         self._sending = trio.Lock()
@@ -32,7 +42,14 @@ class MessageStream:
         """
         async with self._sending:
             for piece in pieces:
-                await self._stream.send_all(piece)
+                whole = memoryview(piece)
+                if whole.nbytes < SLICE_BYTES:
+                    await self._stream.send_all(piece)
+                    continue
+                for start in range(0, whole.nbytes, SLICE_BYTES):
+                    part, began = whole[start : start + SLICE_BYTES], trio.current_time()
+                    await self._stream.send_all(part)
+                    self._waits.sent(len(part), began, trio.current_time())
 
     async def send_bounded(self, pieces: Pieces) -> None:
         """The same to somebody who reads at a decent pace.

@@ -14,10 +14,12 @@ from net.transports.memory import MemoryNetwork, MemoryTransport
 
 
 class Line:
-    """One machine's. ``is_up`` says whether new connections come about; ``lose`` makes those that there are dead."""
+    """One machine's. ``is_up`` says whether new connections come about; ``lose`` makes those that there are dead;
+    ``bytes_per_s`` is what each of them carries out of it, where that is limited."""
 
-    def __init__(self) -> None:
+    def __init__(self, bytes_per_s: float | None = None) -> None:
         self.is_up = True
+        self.bytes_per_s = bytes_per_s
         self._streams: list[_LineStream] = []
 
     def lose(self) -> None:
@@ -31,7 +33,7 @@ class Line:
         self.lose()
 
     def carry(self, raw: RawConnection) -> RawConnection:
-        stream = _LineStream(raw.stream)
+        stream = _LineStream(raw.stream, self)
         stream.is_lost = not self.is_up
         self._streams.append(stream)
         return RawConnection(stream=stream, local=raw.local, remote=raw.remote)
@@ -67,12 +69,15 @@ class LineTransport(MemoryTransport):
 
 
 class _LineStream(trio.abc.Stream):
-    def __init__(self, stream: trio.abc.Stream) -> None:
+    def __init__(self, stream: trio.abc.Stream, line: Line) -> None:
         self._stream = stream
+        self._line = line
         self.is_lost = False
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await trio.lowlevel.checkpoint()
+        if self._line.bytes_per_s is not None:
+            await trio.sleep(len(data) / self._line.bytes_per_s)
         if not self.is_lost:
             await self._stream.send_all(data)
 

@@ -103,6 +103,8 @@ class Opened:
 class Nobody:
     """A client that hears nothing."""
 
+    bytes_per_s = None
+
     async def send(self, message: Message) -> None:
         await trio.lowlevel.checkpoint()
 
@@ -192,7 +194,7 @@ async def test_of_two_that_could_move_one_goes(odd: Reference) -> None:
         second = await swarm.add_node(odd.folder, identity=IDENTITIES[1], **QUICK)
         third = await swarm.add_node(odd.folder, (3, 5))
         movers = [node for node in (first, second) if served(node) != (0, 2)]
-        looks: dict[PeerId, int] = {node.peer_id: 0 for node in (first, second, third)}
+        looks: dict[PeerId, int] = {node.peer_id: 0 for node in swarm.nodes}  # neighbours are looked for, too
         others = compute.node.Node._others
 
         async def counted(self: compute.node.Node) -> list[NodeAnnouncement]:

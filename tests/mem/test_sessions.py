@@ -26,6 +26,7 @@ from compute.checkpoint import Checkpoint
 from compute.engine import Engine, EngineSettings
 from compute.pushing import PushLink
 from compute.tensors import to_wire
+from compute.wire_forms import Form, Sender
 from net.dht.service import Dht
 from net.errors import RpcError
 from net.host import open_host
@@ -827,7 +828,7 @@ async def test_who_hands_on_may_come_before_the_session_is_opened(odd: Reference
         host, hidden = swarm.client.host, torch.randn(1, 3, 48)
         request = wire.Open(digest=node.offer.digest, start=0, end=5, batch=1, max_length=8)
         link = wire.Link(peer_id=node.peer_id, addresses=node.offer.addresses, token=request.push_token)
-        pushing = await PushLink.open(host, link)
+        pushing = await PushLink.open(host, link, Sender(Form.FLOAT32, may_compress=False))
         dtype, shape, data = to_wire(hidden)
         step = wire.Step(id=7, position=0).to_fields()
         await pushing.send(Message(header=step, tensors=[Tensor(dtype=dtype, shape=shape, data=data)]))
@@ -846,7 +847,7 @@ async def test_who_hands_on_to_nobody_is_let_go(odd: Reference, monkeypatch: pyt
     async with swarm_of(odd.folder, [(0, 5)]) as swarm:
         [node] = swarm.nodes
         link = wire.Link(peer_id=node.peer_id, addresses=node.offer.addresses, token=os.urandom(wire.TOKEN_BYTES))
-        pushing = await PushLink.open(swarm.client.host, link)
+        pushing = await PushLink.open(swarm.client.host, link, Sender(Form.FLOAT32, may_compress=False))
         with trio.fail_after(5):
             await pushing.watch()
         assert pushing.is_over

@@ -657,6 +657,25 @@ def test_drafted_text_is_the_same(relay: str, nodes: list[dict[str, Any]], tmp_p
     assert outcome.json["ids"] == tiny_tokens(PROMPT, 24)
 
 
+@pytest.mark.parametrize(
+    ("wire", "taken"),
+    [
+        ("auto", "float32, 512 bytes a token"),
+        ("bf16", r"bfloat16, 256 bytes a token, error 0\.\d+ %"),
+        ("int8", r"int8, 132 bytes a token, error 0\.\d+ %"),
+    ],
+)
+def test_verbose_says_what_hidden_states_take(
+    relay: str, nodes: list[dict[str, Any]], tmp_path: Path, wire: str, taken: str
+) -> None:
+    outcome = run(tmp_path, *generate(relay, "bloom-tiny"), "--wire", wire, "--verbose", "--json")
+    assert outcome.status == 0
+    assert wire != "auto" or outcome.json["ids"] == tiny_tokens(PROMPT, 8)
+    for hop in outcome.json["route"]:
+        line = rf"blocks {hop['start']}:{hop['end']} at {hop['peer_id']}: in: {taken}, out: {taken}"
+        assert re.search(line, outcome.errors), outcome.errors[-2000:]
+
+
 def test_sampling_can_be_repeated(relay: str, nodes: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     def sampled(*options: str) -> list[int]:
         capsys.readouterr()

@@ -15,7 +15,15 @@ from net.addresses import parse
 from net.dht.wire import MAX_ADDRESSES
 from net.errors import RecordError, RemoteProtocolError
 from net.identity import Identity, PeerId
-from net.protocol.announcement import KIND, MAX_ROUND_TRIP_S, MAX_ROUND_TRIPS, MAX_WAITING, NodeAnnouncement
+from net.protocol.announcement import (
+    KIND,
+    MAX_CODEC_CHARACTERS,
+    MAX_CODECS,
+    MAX_ROUND_TRIP_S,
+    MAX_ROUND_TRIPS,
+    MAX_WAITING,
+    NodeAnnouncement,
+)
 from net.records import MAX_REMEMBERED_BYTES
 from tests.unit.announcements import node, peer
 
@@ -36,17 +44,20 @@ def own(offer: NodeAnnouncement, **changes: Any) -> NodeAnnouncement:
 @given(
     st.dictionaries(st.binary(min_size=1, max_size=64).map(PeerId), st.floats(0, MAX_ROUND_TRIP_S), max_size=32),
     st.floats(0, MAX_WAITING),
+    st.lists(st.text(max_size=MAX_CODEC_CHARACTERS), max_size=MAX_CODECS).map(tuple),
 )
-def test_they_are_read_as_they_were_announced(round_trips: dict[PeerId, float], waiting: float) -> None:
-    offer = own(node(1, 0, 4), round_trips=round_trips, waiting=waiting)
+def test_they_are_read_as_they_were_announced(
+    round_trips: dict[PeerId, float], waiting: float, codecs: tuple[str, ...]
+) -> None:
+    offer = own(node(1, 0, 4), round_trips=round_trips, waiting=waiting, codecs=codecs)
     assert announced(offer) == offer
 
 
 def test_those_who_say_nothing_of_it_are_understood() -> None:
     body = node(1, 0, 4).to_body()
-    assert "round_trips" not in body and "waiting" not in body
+    assert "round_trips" not in body and "waiting" not in body and "codecs" not in body
     offer = NodeAnnouncement._parse(peer(1), body)
-    assert (offer.round_trips, offer.waiting) == ({}, 0.0)
+    assert (offer.round_trips, offer.waiting, offer.codecs) == ({}, 0.0, ())
     assert hash(offer) == hash(replace(offer, round_trips={peer(2): 0.1}))
     assert offer != replace(offer, round_trips={peer(2): 0.1})
 
@@ -68,6 +79,10 @@ def test_the_largest_is_small() -> None:
 @pytest.mark.parametrize(
     "bad",
     [
+        {"codecs": None},
+        {"codecs": [1]},
+        {"codecs": ["x"] * (MAX_CODECS + 1)},
+        {"codecs": ["x" * (MAX_CODEC_CHARACTERS + 1)]},
         {"round_trips": None},
         {"round_trips": []},
         {"round_trips": {"text": 0.1}},

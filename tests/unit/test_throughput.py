@@ -53,6 +53,7 @@ def test_a_token_comes_in_and_goes_out() -> None:
     assert effective_tokens_per_s(50.0, 8 * 1024 * 80.0, 1024) == 50.0
     assert effective_tokens_per_s(50.0, None, 1024) == 50.0
     assert FAST.effective_tokens_per_s(14336) == pytest.approx(1e6 / (8 * 14336))
+    assert FAST.effective_tokens_per_s(14336, 2) == pytest.approx(1e6 / (4 * 14336))
     with pytest.raises(ValueError, match="hidden_size is 0"):
         effective_tokens_per_s(50.0, None, 0)
 

@@ -21,7 +21,22 @@ from compute.compression import Bytes, CompressionChoice
 from compute.errors import BadInput
 from compute.models import find_checkpoint
 from compute.tensors import to_wire
-from compute.wire_forms import BLOCK, CODEC, MAX_PLAIN_BYTES, Account, Form, Sender, decode, default_form, encode
+from compute.wire_forms import (
+    BLOCK,
+    CODEC,
+    MAX_PLAIN_BYTES,
+    Account,
+    Form,
+    Sender,
+    decode,
+    default_form,
+    encode,
+    from_message,
+    to_message,
+)
+from net.errors import RemoteProtocolError
+from net.rpc import framing
+from net.rpc.framing import ITEM_BYTES
 
 DTYPES = {Form.FLOAT32: torch.float32, Form.FLOAT16: torch.float16, Form.BFLOAT16: torch.bfloat16}
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 3 * BLOCK))
@@ -510,3 +525,78 @@ def test_a_sender_refuses_what_the_form_does() -> None:
     with pytest.raises(BadInput, match="\\[b, t, d\\]"):
         sender.encode(torch.zeros(1, 4), 1e3)
     assert sender.account.tokens == 0
+
+
+# In messages
+
+
+@given(shape=SHAPES, form=st.sampled_from(list(Form)), seed=st.integers(0, 100))
+def test_a_message_says_what_it_carries(shape: tuple[int, int, int], form: Form, seed: int) -> None:
+    hidden = noise(shape, seed)
+    fields, tensor = to_message(hidden, form)
+    back, found = from_message(fields, tensor, shape[0], shape[2])
+    assert (found, back.dtype) == (form, torch.float32)
+    assert torch.equal(back, there_and_back(hidden, form))
+    assert to_message(back, form) == (fields, tensor)  # whoever passes it on changes nothing
+    assert bool(fields) == (form is Form.INT8)
+
+
+@given(shape=SHAPES, form=st.sampled_from(list(Form)), cut=st.integers(0, 5), seed=st.integers(0, 100))
+def test_a_token_is_the_same_beside_any_others(shape: tuple[int, int, int], form: Form, cut: int, seed: int) -> None:
+    hidden = noise(shape, seed)
+    whole = there_and_back(hidden, form)
+    parts = [part for part in (hidden[:, :cut], hidden[:, cut:]) if part.shape[1]]
+    assert torch.equal(torch.cat([there_and_back(part, form) for part in parts], dim=1), whole)
+    assert torch.equal(there_and_back(hidden.flip(0), form), whole.flip(0))
+
+
+def test_a_sender_compresses_in_messages_where_that_pays() -> None:
+    hidden = torch.zeros(SHAPE)
+    for form in Form:
+        fields, tensor = Sender(form, may_compress=True).message(hidden, 1e5)
+        assert fields == {"codec": CODEC, "form": str(form), "tokens": 256}
+        assert tensor.dtype == "u8" and tensor.n_bytes < form.n_bytes(SHAPE)
+        assert torch.equal(from_message(fields, tensor, 1, 64)[0], hidden)
+        assert Sender(form, may_compress=False).message(hidden, 1e5) == to_message(hidden, form)
+        assert Sender(form, may_compress=True).message(hidden, None) == to_message(hidden, form)
+
+
+def test_senders_alike_share_an_account() -> None:
+    first = Sender(Form.INT8, may_compress=True, measures_error=True)
+    second = first.alike(may_compress=False)
+    for sender in (first, second):
+        sender.message(noise((1, 2, 64)), 1e5)
+    assert first.account is second.account
+    assert (first.account.summary().tokens, first.account.summary().n_bytes) == (4, 4 * 66)
+    assert second.account.relative_error is not None
+
+
+@given(
+    data=st.binary(max_size=300),
+    dtype=st.sampled_from(sorted(ITEM_BYTES)),
+    form=st.one_of(st.sampled_from(list(Form)), st.text(max_size=9), st.none()),
+    tokens=st.one_of(st.integers(-2, 40), st.just(2**20), st.none()),
+    codec=st.sampled_from([None, CODEC, "lzma"]),
+)
+def test_any_message_is_read_or_refused(data: bytes, dtype: str, form: Any, tokens: Any, codec: Any) -> None:
+    shape = (len(data) // ITEM_BYTES[dtype],) if dtype == "u8" else (1, len(data) // ITEM_BYTES[dtype] // 4, 4)
+    tensor = framing.Tensor(dtype=dtype, shape=shape, data=data[: math.prod(shape) * ITEM_BYTES[dtype]])
+    fields = {
+        name: value for name, value in (("form", form), ("tokens", tokens), ("codec", codec)) if value is not None
+    }
+    try:
+        back, found = from_message(fields, tensor, 1, 4)
+    except (BadInput, RemoteProtocolError):
+        return
+    assert back.shape[::2] == (1, 4) and back.dtype == torch.float32
+    assert found in Form
+
+
+def test_messages_of_another_shape_are_refused() -> None:
+    for shape in ((1, 2, 5), (2, 2, 4), (1, 4), (4,), (), (1, 2, 4, 1)):
+        tensor = framing.Tensor(dtype="f32", shape=shape, data=bytes(4 * math.prod(shape)))
+        with pytest.raises(BadInput) as caught:
+            from_message({}, tensor, 1, 4)
+        assert caught.value.code == "bad-shape"
+    with pytest.raises(BadInput, match="i64"):
+        from_message({}, framing.Tensor(dtype="i64", shape=(1, 1, 4), data=bytes(32)), 1, 4)
