@@ -16,6 +16,7 @@ import trio
 
 from client import session_core as core
 from client.errors import ClientError, InvalidInput, MissingBlocks, UnknownModel
+from client.every_block import EveryBlock
 from client.journal import DECODE_TOKENS, Journal
 from client.legs import FindNodes, Leg
 from client.routing import Hop, Measurements, Wishes, choose_chain
@@ -78,6 +79,9 @@ class Session:
         self._journal = Journal()
         self._order: tuple[int, ...] = ()
         self._width = 0  # of hidden states
+        self._every: EveryBlock | None = None  # while results of every block are wanted
+        self._every_runs: dict[int, tuple[int, int]] = {}  # by number: which leg was asked, from which token on
+        self._longest_hop = 1  # blocks, of all nodes that could be on the chain
         self._core: SessionCore | None = None
         self._legs: dict[int, Leg] = {}
         self._nursery: trio.Nursery | None = None
@@ -120,7 +124,12 @@ class Session:
             raise
 
     async def step(
-        self, hidden: torch.Tensor, order: Sequence[int] | None = None, *, keep: int | None = None
+        self,
+        hidden: torch.Tensor,
+        order: Sequence[int] | None = None,
+        *,
+        keep: int | None = None,
+        every_block: bool = False,
     ) -> torch.Tensor:
         """Run all blocks on the next tokens.
 
@@ -128,10 +137,12 @@ class Session:
             hidden: their hidden states.
             order: for beam search: row ``i`` goes on from what row ``order[i]`` had.
             keep: of how many tokens, at the end, results are wanted; of all by default.
+            every_block: return what each of the model's ``n`` blocks gives, for all tokens. It takes a round trip to
+                each node, and as many times the data.
 
         Shapes:
             hidden: [b, t, d], fp32
-            returns: [b, t or keep, d]
+            returns: [b, t or keep, d]; [n, b, t, d] with ``every_block``
 
         Raises:
             InvalidInput: more tokens than the nodes allow, or values that are not finite.
@@ -148,6 +159,8 @@ class Session:
             raise InvalidInput("hidden states that are not finite: the embeddings of this checkpoint are damaged")
         position = self.position
         try:
+            if every_block:
+                return await self._step_every(hidden, order)
             kept = min(keep or hidden.shape[1], hidden.shape[1])
             end = await self.begin(hidden, order, keep=kept)
             return await self.result(end - kept, end)
@@ -155,6 +168,30 @@ class Session:
             self.stop()
             self.rollback(position)
             raise
+
+    async def _step_every(self, hidden: torch.Tensor, order: Sequence[int] | None) -> torch.Tensor:
+        """Shapes:
+        returns: [n, b, t, d]
+        """
+        session, position = await self._awake(), self.position
+        token_bytes = self._longest_hop * hidden[:, :1].numel() * hidden.element_size()
+        if token_bytes > MAX_FRAME_BYTES - MAX_HEADER_BYTES:
+            raise InvalidInput(
+                f"hidden states of a token in {hidden.shape[0]} rows after each of a node's {self._longest_hop} blocks "
+                f"are more than the {MAX_FRAME_BYTES} bytes of a message: give fewer rows at once"
+            )
+        self._every = EveryBlock(position)
+        self._every_runs = {
+            run: asked for run, asked in self._every_runs.items() if session.expected(run, unpushed=True) is not None
+        }
+        # What is computed again must not be put together with what was before: it would not fit into a message.
+        self._journal.merge, session.direct = False, True
+        try:
+            end = await self.begin(hidden, order)
+            await self.result(position, end)
+            return self._every.gathered(self.chain[-1].node.blocks, end)
+        finally:
+            self._every, session.direct = None, False
 
     async def begin(self, hidden: torch.Tensor, order: Sequence[int] | None = None, *, keep: int | None = None) -> int:
         """Send the next tokens, whose values and number have been checked, without waiting for what they give.
@@ -308,7 +345,7 @@ class Session:
             self.max_length = min(longest, self._requested_length or longest)
             # Where a row's bits depend on what is computed beside it, only the same steps give the same bits again.
             backend = session.legs[0].hop.node.numerics.backend
-            self._journal.merge = not backend.endswith("-mixing")
+            self._journal.merge = not backend.endswith("-mixing") and self._every is None
         self._changed.set()
 
     def _carry_out(self, action: core.Action, nursery: trio.Nursery) -> None:
@@ -341,12 +378,16 @@ class Session:
         self._legs[action.leg].send(message)
 
     def _fields(self, action: core.Send | core.Resend) -> Mapping[str, object]:
+        every = self._every is not None and isinstance(action, core.Send) and action.end > self._every.position
+        if every:
+            self._every_runs[action.run] = action.leg, action.position
         return wire.Step(
             id=action.run,
             position=action.position,
             push=action.push,
-            keep=action.keep,
+            keep=action.end - action.position if every else action.keep,
             order=self._order if action.with_order else None,
+            every=every,
         ).to_fields()
 
     def _request(self, hop: Hop) -> wire.Open:
@@ -368,6 +409,7 @@ class Session:
             found: list[NodeAnnouncement] | ClientError | errors.NetError = error
         else:
             found = [node for node in nodes if node.max_length > self._journal.end] or nodes
+            self._longest_hop = max(node.end - node.start for node in found)
         if session is None or session is not self._core:
             return
         if isinstance(found, list):
@@ -445,16 +487,24 @@ class Session:
             now = trio.current_time()
             if "e" in message.header:
                 refused = lane.read_refusal(message.header)
+                if refused.code == "too-long" and number in self._every_runs:  # others have fewer blocks
+                    session.failed(leg.key, f"{refused.code}: {refused.message}", now, blame=False)
+                    return
                 session.refused(
                     leg.key, number, refused.code, refused.message, now, retry_after_s=refused.retry_after_s
                 )
                 return
-            unpushed = message.header.get("unpushed") is True
-            tokens = session.expected(number, unpushed=unpushed)
-            if tokens is None:
+            asked, position = self._every_runs.get(number, (0, 0))
+            unpushed = message.header.get("unpushed") is True and not asked
+            tokens = session.expected(number, unpushed=unpushed or asked > 0)
+            if tokens is None or asked not in (0, leg.key):
                 return
             try:
-                hidden = self._read_hidden(message, tokens)
+                if not asked:
+                    hidden = self._read_hidden(message, tokens)
+                else:
+                    keep = session.expected(number, unpushed=False)
+                    hidden = self._read_every(message, leg.hop, position, tokens, keep)
             except errors.RemoteProtocolError as error:
                 session.failed(leg.key, f"answered a step with {error}", now)
             else:
@@ -473,8 +523,33 @@ class Session:
             if session is not None:
                 session.placed(leg.key, number, state, trio.current_time())
 
-    def _read_hidden(self, message: Message, tokens: int) -> torch.Tensor | None:
+    def _read_every(
+        self, message: Message, hop: Hop, position: int, tokens: int, keep: int | None
+    ) -> torch.Tensor | None:
+        """Take what every block gave; returned is what the last one gave for the last ``keep`` tokens.
+
+        Raises:
+            RemoteProtocolError: it is not what it should be.
+        """
+        blocks = hop.end - hop.start
+        hidden = self._read_hidden(message, tokens, blocks)
+        if hidden is None:
+            raise errors.RemoteProtocolError("nothing")
+        states = hidden.unflatten(0, (blocks, -1))  # [n, b, t, d]
+        if self._every is not None:
+            self._every.take(hop.start, position, states)
+        return states[-1][:, tokens - keep :].contiguous() if keep else None
+
+    def _read_hidden(self, message: Message, tokens: int, blocks: int = 1) -> torch.Tensor | None:
         """Never believe a node: shape, dtype and finiteness of what it returns.
+
+        Args:
+            message: the answer.
+            tokens: that there should be.
+            blocks: whose results there should be, along the rows.
+
+        Shapes:
+            returns: [blocks * b, tokens, d]
 
         Raises:
             RemoteProtocolError: they are not what they should be.
@@ -484,7 +559,7 @@ class Session:
         if len(message.tensors) != 1:
             raise errors.RemoteProtocolError(f"{len(message.tensors)} tensors")
         tensor = message.tensors[0]
-        if tensor.shape != (self.batch, tokens, self._width):
+        if tensor.shape != (blocks * (self.batch or 1), tokens, self._width):
             raise errors.RemoteProtocolError("another shape")
         try:
             hidden = from_wire(tensor.dtype, tensor.shape, tensor.data)
@@ -498,6 +573,8 @@ class Session:
         """How many tokens are sent in one message: a chunk of a prompt, if that fits."""
         rows, tokens, width = hidden.shape
         fitting = max(1, (MAX_FRAME_BYTES - MAX_HEADER_BYTES) // (rows * width * hidden.element_size()))
+        if self._every is not None:  # as many come back of every block, and nodes compute no more than for training
+            fitting = max(1, min(fitting, self.max_length) // self._longest_hop)
         return min(fitting, tokens if rows * tokens <= DECODE_TOKENS else max(1, CHUNK_TOKENS // rows))
 
 

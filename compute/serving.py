@@ -72,10 +72,12 @@ class Held:
         link: The next node, if the client has named one that we have reached.
         seen: The highest number of a step that was begun.
         recent: The numbers of what has ended, the last ones.
+        n_blocks: That its steps go through.
     """
 
     serving: Serving | None
     session_id: int
+    n_blocks: int
     peer_id: PeerId
     token: bytes
     push_token: bytes
@@ -157,14 +159,28 @@ class Held:
             with refusals(serving.metrics):
                 tensor = ask.tensors[0]
                 hidden = from_wire(tensor.dtype, tensor.shape, tensor.data)
-                result = await serving.engine.step(self.session_id, hidden, step.position, step.order)
-            self.outbox.add(step.position, result, step.order)
+                if step.every:
+                    self._check_every(hidden)
+                result = await serving.engine.step(
+                    self.session_id, hidden, step.position, step.order, every_block=step.every
+                )
+            self.outbox.add(step.position, result[-1] if step.every else result, step.order)
+            if step.every:
+                result = result.flatten(0, 1)  # [n * b, t, d]
         else:
             kept = self.outbox.get(step.position, ask.end)
             if kept is None:
                 raise RpcError("no-history", "what these steps gave has not been kept here")
             result = kept
         await self._deliver(step, result)
+
+    def _check_every(self, hidden: Tensor) -> None:
+        """Raises:
+        RpcError: ``too-long``: what every block gives for so many tokens does not fit into a message.
+        """
+        size = self.n_blocks * hidden.numel() * hidden.element_size()
+        if size > framing.MAX_FRAME_BYTES - framing.MAX_HEADER_BYTES:
+            raise RpcError("too-long", f"{self.n_blocks} blocks give {size} bytes for these tokens: send fewer at once")
 
     async def _deliver(self, step: wire.Step, result: Tensor) -> None:
         """Hand a result on, or tell the client."""
@@ -287,6 +303,7 @@ class Serving:
         held = Held(
             serving=self,
             session_id=session_id,
+            n_blocks=request.end - request.start,
             peer_id=peer_id,
             token=secrets.token_bytes(wire.TOKEN_BYTES),
             push_token=secrets.token_bytes(wire.TOKEN_BYTES),

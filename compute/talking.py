@@ -188,7 +188,10 @@ async def serve_pushes(stream: Stream, node: Node) -> None:
             message = await messages.receive()
         if scope.cancelled_caught or message is None:
             return
+        step = wire.Step.from_fields(message.header)
+        if step.every:
+            raise errors.RemoteProtocolError("results of every block are for the client to ask for")
         try:
-            await held.ask(Ask(step=wire.Step.from_fields(message.header), tensors=tuple(message.tensors)))
+            await held.ask(Ask(step=step, tensors=tuple(message.tensors)))
         except RpcError:
             return  # the session is over, and its client knows

@@ -175,7 +175,8 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
             labels: the token at each position, which the position before should foretell; -100 where none counts.
             use_cache: false to compute from the beginning of the session.
             output_attentions: not given: attention is computed on the nodes.
-            output_hidden_states: not given: what lies between blocks stays on the nodes.
+            output_hidden_states: true for the hidden states before each block, and after the last norm. They travel:
+                a step then takes a round trip to each node, and as many times the data as there are blocks.
             logits_to_keep: how many positions at the end, or which; 0 for all.
             return_dict: false for a tuple.
             num_items_in_batch: divide the loss by this instead of the number of labels that count.
@@ -186,33 +187,36 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
             labels: [b, t]
             logits: [b, t, vocabulary], or only the positions to keep
             loss: []
+            hidden_states: [b, t, d] each, one more than there are blocks
 
         Raises: as ``generate``.
         """
         ids = self._checked_ids(input_ids, inputs_embeds)
-        for name, asked in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
-            if asked or (asked is None and getattr(self.config, name)):
-                raise InvalidInput(f"{name} cannot be given: it stays on the nodes; leave the option out")
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise InvalidInput("output_attentions cannot be given: it stays on the nodes; leave the option out")
+        every = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if labels is not None:
             self._check_labels(labels, ids, logits_to_keep)
         if past_key_values is None:
             with self.session() as session:
                 if attention_mask is not None:
                     session.pad(attention_mask, *ids.shape)
-                logits = self._logits(ids, session, logits_to_keep)
+                logits, states = self._run(ids, session, logits_to_keep, every_block=bool(every))
                 past_key_values = session
         else:
             if use_cache is False:
                 past_key_values.position = 0
             if attention_mask is not None:
                 past_key_values.pad(attention_mask, ids.shape[0], past_key_values.position + ids.shape[1])
-            logits = self._logits(ids, past_key_values, logits_to_keep)
+            logits, states = self._run(ids, past_key_values, logits_to_keep, every_block=bool(every))
         loss = None
         if labels is not None:
             loss = self.loss_function(  # transformers' own
                 logits, labels.long(), vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        output = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=past_key_values, hidden_states=states
+        )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
@@ -240,14 +244,25 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < self.config.vocab_size:
             raise InvalidInput(f"labels must lie in 0 to {self.config.vocab_size - 1}, or be {IGNORED_LABEL}")
 
-    def _logits(self, ids: torch.Tensor, session: SessionCache, to_keep: int | torch.Tensor) -> torch.Tensor:
+    def _run(
+        self, ids: torch.Tensor, session: SessionCache, to_keep: int | torch.Tensor, *, every_block: bool
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+        """Logits, and hidden states before each block and after the last norm if they are wanted."""
         kept = slice(-to_keep, None) if isinstance(to_keep, int) else to_keep
+        states = None
         with torch.inference_mode():
             hidden = self.embeddings(ids)  # [b, t, d]
-            wanted = to_keep if isinstance(to_keep, int) and to_keep else None
-            hidden = session.step(hidden, ids, wanted)  # [b, t, d], or fewer tokens at the end
-            logits: torch.Tensor = self.head(hidden[:, kept])  # [b, t or kept, vocabulary]
-        return logits.clone()  # outside: one that can be used like any other
+            if every_block:
+                given = session.step(hidden, ids, every_block=True)  # [n, b, t, d]
+                last = self.head.ln_f(given[-1])  # [b, t, d]
+                states = (hidden, *given[:-1], last)
+                logits = self.head.lm_head(last[:, kept])  # [b, t or kept, vocabulary]
+            else:
+                wanted = to_keep if isinstance(to_keep, int) and to_keep else None
+                hidden = session.step(hidden, ids, wanted)  # [b, t, d], or fewer tokens at the end
+                logits = self.head(hidden[:, kept])  # [b, t or kept, vocabulary]
+        # Copied outside of inference mode, to be used like any other.
+        return logits.clone(), None if states is None else tuple(state.clone() for state in states)
 
     def _prepare_cache_for_generation(
         self,
@@ -264,7 +279,7 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         if mask is not None and not session.position:
             session.pad(mask, rows, mask.shape[1])
         room = session.prepare(rows, max_cache_length)
-        if rows == 1 and session.drafter is not None:
+        if rows == 1 and session.drafter is not None and not generation_config.output_hidden_states:
             model = None if isinstance(session.drafter, bool) else session.drafter
             session.draft(self._embed, min(room, max_cache_length), model)
         session._is_user_defined = True  # type: ignore[attr-defined]  # what transformers marks its caches with

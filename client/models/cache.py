@@ -52,9 +52,19 @@ class SessionCache:
     def position(self, position: int) -> None:
         self._portal.call(self._roll_back, position)
 
-    def crop(self, max_length: int) -> None:
-        """Forget all but the first ``max_length`` tokens; below 0, that many at the end (transformers' name)."""
-        self.position = max_length if max_length >= 0 else self.position + max_length
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget that many tokens at the end, as a number below 0; none for 0 (name and sign are transformers').
+
+        Raises:
+            InvalidInput: a number above 0, or more tokens than there are.
+        """
+        if tokens_to_remove > 0:
+            raise InvalidInput(f"crop({tokens_to_remove}): give how many tokens to take away as a number below 0")
+        if tokens_to_remove:
+            self.position += tokens_to_remove
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do: a session can always go back (transformers' name)."""
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row ``i`` goes on from what row ``beam_idx[i]`` has (transformers' name).
@@ -148,26 +158,33 @@ class SessionCache:
         same = (self._ids[:, :shared] == ids[:, :shared]).all(dim=0)  # [shared]
         self.position = shared if bool(same.all()) else int(same.int().argmin())
 
-    def step(self, hidden: torch.Tensor, ids: torch.Tensor, keep: int | None = None) -> torch.Tensor:
+    def step(
+        self, hidden: torch.Tensor, ids: torch.Tensor, keep: int | None = None, *, every_block: bool = False
+    ) -> torch.Tensor:
         """All blocks on the next tokens.
 
         Args:
             hidden: before the first block.
             ids: the tokens.
             keep: of how many, at the end, results are wanted; all by default.
+            every_block: return what each of ``n`` blocks gives, for all tokens; nothing is drafted any more.
 
         Shapes:
             hidden: [b, t, d]
             ids: [b, t], of which these are the embeddings
-            returns: [b, t or keep, d]
+            returns: [b, t or keep, d]; [n, b, t, d] with ``every_block``
 
         Raises: as ``Session.step``.
         """
         self._check_open()
         before = self.position
+        if every_block:
+            self.stop_drafting()
         if self._runner is None:
             order = None if self._order is None else self._order.tolist()
-            output = self._portal.call(partial(self._session.step, hidden, order, keep=keep))
+            output = self._portal.call(
+                partial(self._session.step, hidden, order, keep=keep, every_block=every_block)
+            )
             self._order = None
         else:
             output = self._portal.call(self._runner.step, ids[0].tolist(), before)
