@@ -20,7 +20,7 @@ from torch import Tensor
 
 from compute.bloom import BloomSpan
 from compute.engine import Engine, EngineSettings
-from compute.errors import EngineError, EngineStopped, Later
+from compute.errors import BadInput, EngineError, EngineStopped, Later
 from compute.metrics import Metrics
 from compute.outbox import Outbox, OutboxBudget
 from compute.pushing import PushLink
@@ -160,13 +160,11 @@ class Held:
                 tensor = ask.tensors[0]
                 hidden = from_wire(tensor.dtype, tensor.shape, tensor.data)
                 if step.every:
-                    self._check_every(hidden)
-                result = await serving.engine.step(
-                    self.session_id, hidden, step.position, step.order, every_block=step.every
-                )
-            self.outbox.add(step.position, result[-1] if step.every else result, step.order)
-            if step.every:
-                result = result.flatten(0, 1)  # [n * b, t, d]
+                    states = await self._step_every(hidden, step, serving)  # [n, b, t, d]
+                    given, result = states[-1], states.flatten(0, 1)  # [n * b, t, d]
+                else:
+                    given = result = await serving.engine.step(self.session_id, hidden, step.position, step.order)
+            self.outbox.add(step.position, given, step.order)
         else:
             kept = self.outbox.get(step.position, ask.end)
             if kept is None:
@@ -174,13 +172,21 @@ class Held:
             result = kept
         await self._deliver(step, result)
 
-    def _check_every(self, hidden: Tensor) -> None:
-        """Raises:
-        RpcError: ``too-long``: what every block gives for so many tokens does not fit into a message.
+    async def _step_every(self, hidden: Tensor, step: wire.Step, serving: Serving) -> Tensor:
+        """What every block gives.
+
+        Shapes:
+            hidden: [b, t, d]
+            returns: [n, b, t, d]
+
+        Raises:
+            BadInput: ``too-long``: it does not fit into a message.
+            EngineError: as ``Engine.step``.
         """
         size = self.n_blocks * hidden.numel() * hidden.element_size()
         if size > framing.MAX_FRAME_BYTES - framing.MAX_HEADER_BYTES:
-            raise RpcError("too-long", f"{self.n_blocks} blocks give {size} bytes for these tokens: send fewer at once")
+            raise BadInput("too-long", f"{self.n_blocks} blocks give {size} bytes for these tokens: send fewer at once")
+        return await serving.engine.step(self.session_id, hidden, step.position, step.order, every_block=True)
 
     async def _deliver(self, step: wire.Step, result: Tensor) -> None:
         """Hand a result on, or tell the client."""

@@ -147,14 +147,15 @@ class SessionCache:
 
     def keep_prefix(self, ids: torch.Tensor) -> None:
         """Go back to where ``ids`` and the session's tokens part, and at least before the last of ``ids``, whose
-        logits are wanted.
+        logits are wanted. Each row stands for as many as the session has more of them.
 
         Shapes:
             ids: [b, t]
         """
-        shared = min(self.position, ids.shape[1] - 1)
-        if self._ids is None or self._ids.shape[0] != ids.shape[0]:
+        if self._ids is None or self._ids.shape[0] % ids.shape[0]:
             return  # nothing yet, or another number of rows, which the session refuses itself
+        shared = min(self.position, ids.shape[1] - 1)
+        ids = ids.repeat_interleave(self._ids.shape[0] // ids.shape[0], dim=0)  # as beams are
         same = (self._ids[:, :shared] == ids[:, :shared]).all(dim=0)  # [shared]
         self.position = shared if bool(same.all()) else int(same.int().argmin())
 
@@ -182,9 +183,7 @@ class SessionCache:
             self.stop_drafting()
         if self._runner is None:
             order = None if self._order is None else self._order.tolist()
-            output = self._portal.call(
-                partial(self._session.step, hidden, order, keep=keep, every_block=every_block)
-            )
+            output = self._portal.call(partial(self._session.step, hidden, order, keep=keep, every_block=every_block))
             self._order = None
         else:
             output = self._portal.call(self._runner.step, ids[0].tolist(), before)
