@@ -155,8 +155,7 @@ class Session:
                 f"{self.position + hidden.shape[1]} tokens are more than the {self.max_length} that the nodes on the "
                 f"chain allow; shorten the prompt or ask for fewer new tokens"
             )
-        if not torch.isfinite(hidden).all():
-            raise InvalidInput("hidden states that are not finite: the embeddings of this checkpoint are damaged")
+        _check_finite(hidden)
         position = self.position
         try:
             if every_block:
@@ -231,6 +230,41 @@ class Session:
         found = _gathered(session.outputs, position, end)
         session.took(end)
         return found
+
+    def take_history(self, other: Session, position: int) -> None:
+        """Begin with another session's first tokens. Nodes get them with the next step.
+
+        Raises:
+            InvalidInput: the session has begun, or the other has fewer tokens.
+        """
+        if not 0 <= position <= other.position:
+            raise InvalidInput(f"the other session has {other.position} tokens, not {position}")
+        self._check_new()
+        if other.batch is not None:
+            self._journal, self._width = other._journal.copy(), other._width
+            self._journal.cut(position)
+            self.batch, self.pads, self.position = other.batch, other.pads, position
+
+    def restore(self, hidden: torch.Tensor, pads: Sequence[int] | None) -> None:
+        """Begin with tokens whose hidden states are these. Nodes get them with the next step.
+
+        Shapes:
+            hidden: [b, t, d], fp32
+
+        Raises:
+            InvalidInput: the session has begun, or values are not finite.
+        """
+        self._check_new()
+        _check_finite(hidden)
+        self.batch, self._width = hidden.shape[0], hidden.shape[2]
+        self.pads = None if pads is None else tuple(pads)
+        for part in hidden.split(self._piece_tokens(hidden), dim=1):
+            self._journal.add(part.contiguous())
+        self.position = self._journal.end
+
+    def _check_new(self) -> None:
+        if self.batch is not None or self.position or self._core is not None:
+            raise InvalidInput("the session has begun: open another with model.session()")
 
     def stop(self) -> None:
         """Wait for nothing any more."""
@@ -576,6 +610,14 @@ class Session:
         if self._every is not None:  # as many come back of every block, and nodes compute no more than for training
             fitting = max(1, min(fitting, self.max_length) // self._longest_hop)
         return min(fitting, tokens if rows * tokens <= DECODE_TOKENS else max(1, CHUNK_TOKENS // rows))
+
+
+def _check_finite(hidden: torch.Tensor) -> None:
+    """Raises:
+    InvalidInput: some values are not.
+    """
+    if not torch.isfinite(hidden).all():
+        raise InvalidInput("hidden states that are not finite: the embeddings of this checkpoint are damaged")
 
 
 def _gathered(outputs: Mapping[int, tuple[int, torch.Tensor]], position: int, end: int) -> torch.Tensor:

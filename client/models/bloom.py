@@ -23,6 +23,7 @@ from client.drafting.runner import make_model_drafter
 from client.errors import InvalidInput, UnknownModel
 from client.models.cache import SessionCache
 from client.models.contrastive import contrastive_search
+from client.models.saved import ModelMark, SavedSession
 from client.portal import Portal
 from compute.bloom import Embeddings, Head, span_digest
 from compute.checkpoint import Checkpoint
@@ -30,6 +31,8 @@ from compute.errors import CheckpointError
 from compute.models import find_checkpoint, is_folder
 
 if TYPE_CHECKING:
+    from os import PathLike
+
     from client.swarm import AsyncSwarm, ServedModel
     from net.protocol.announcement import NodeAnnouncement
 
@@ -62,8 +65,10 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         swarm: AsyncSwarm,
         portal: Portal,
         accepts: Callable[[NodeAnnouncement], bool],
+        weights: str | None,
     ) -> None:
         super().__init__(config)
+        self._mark = ModelMark(model=served.name, digest=served.digest, weights=weights, blocks=served.n_blocks)
         self.embeddings = embeddings
         self.head = head
         self.generation_config = generation_config
@@ -95,10 +100,30 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         Args:
             max_length: reserve for this many tokens; as many as the nodes allow by default.
         """
-        session = self._portal.call(
-            lambda: self._swarm.session(self.served, max_length=max_length, accepts=self._accepts)
-        )
-        return SessionCache(session, self._portal)
+        make = partial(self._swarm.session, self.served, max_length=max_length, accepts=self._accepts)
+        return SessionCache(make, self._portal, self._mark)
+
+    def load_session(self, path: str | PathLike[str], *, max_length: int | None = None) -> SessionCache:
+        """A session that goes on where one was saved with ``session.save(path)``; its ``ids`` are the tokens.
+
+        Nodes get the tokens with the first step: those are computed again, whatever chain there is now.
+
+        Args:
+            path: of the file.
+            max_length: as for ``session``.
+
+        Raises:
+            InvalidInput: the file holds no session, or one of another model.
+            OSError: it cannot be read.
+        """
+        saved = SavedSession.read(Path(path))
+        self._mark.check(saved.mark)
+        if any(token >= self.config.vocab_size for row in saved.ids for token in row):
+            raise InvalidInput(f"{path} holds token ids that the model does not have: it is damaged")
+        session = self.session(max_length=max_length)
+        with torch.inference_mode():
+            session.restore(saved, self.embeddings)
+        return session
 
     def generate(
         self,
@@ -149,7 +174,9 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         side_sessions: list[SessionCache] = []
         token = _side_sessions.set(side_sessions)
         try:
-            return super().generate(inputs, *args, past_key_values=session, **options)
+            output = super().generate(inputs, *args, past_key_values=session, **options)
+            session.note(output if isinstance(output, torch.Tensor) else output.sequences)
+            return output
         finally:
             _side_sessions.reset(token)
             for each in side_sessions:
@@ -352,6 +379,7 @@ def load(name: str, served: Sequence[ServedModel], swarm: AsyncSwarm, portal: Po
     config = BloomConfig.from_json_file(str(config_file))
     generation_file = checkpoint.find_file("generation_config.json")
     embeddings = checkpoint.load_embeddings()
+    digests = checkpoint.block_digests_at_hand(MAX_CHECKED_BYTES)
     return DistributedBloomForCausalLM(
         config,
         embeddings=embeddings,
@@ -365,16 +393,16 @@ def load(name: str, served: Sequence[ServedModel], swarm: AsyncSwarm, portal: Po
         served=match,
         swarm=swarm,
         portal=portal,
-        accepts=_weights_check(checkpoint),
+        accepts=_weights_check(digests),
+        weights=None if digests is None else span_digest(digests),
     )
 
 
-def _weights_check(checkpoint: Checkpoint) -> Callable[[NodeAnnouncement], bool]:
+def _weights_check(digests: Sequence[str] | None) -> Callable[[NodeAnnouncement], bool]:
     """Whether a node announces the weights that the files here hold, where all files are here to tell.
 
     The model's digest says which tensors there are, the weights' digest what is in them.
     """
-    digests = checkpoint.block_digests_at_hand(MAX_CHECKED_BYTES)
     if digests is None:
         return lambda _: True
     return lambda node: node.weights == span_digest(digests[node.start : node.end])
