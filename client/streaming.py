@@ -15,14 +15,16 @@ class TextPrinter(BaseStreamer):  # type: ignore[misc]  # transformers has no ty
     Args:
         tokenizer: the model's, a fast one.
         out: where to.
+        skip: tokens at the beginning of the prompt that are not printed.
     """
 
-    def __init__(self, tokenizer: Any, out: TextIO | None = None) -> None:
+    def __init__(self, tokenizer: Any, out: TextIO | None = None, *, skip: int = 0) -> None:
         self._tokenizer = tokenizer
         self._out = out or sys.stdout
         self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
-        self._printed = 0  # characters
+        self._printed = 0  # characters, and those that are not to be
+        self._skip = skip
 
     def put(self, value: Any) -> None:
         """Take the next token ids, of one row."""
@@ -37,6 +39,6 @@ class TextPrinter(BaseStreamer):  # type: ignore[misc]  # transformers has no ty
         print(file=self._out, flush=True)
 
     def _print(self, text: str) -> None:
-        if text:
-            self._printed += len(text)
+        self._printed += len(text)
+        if text and len(self._ids) > self._skip:
             print(text, end="", file=self._out, flush=True)

@@ -72,7 +72,9 @@ class SessionCache:
         """
         had = None if self._ids is None else self._ids[:, : self.position]
         if had is not None and sequences.shape[0] == had.shape[0] and sequences.shape[1] >= had.shape[1]:
-            self._told = sequences[:, had.shape[1] :].clone() if torch.equal(sequences[:, : had.shape[1]], had) else None
+            self._told = (
+                sequences[:, had.shape[1] :].clone() if torch.equal(sequences[:, : had.shape[1]], had) else None
+            )
 
     def fork(self) -> SessionCache:
         """Another session with the same tokens, which goes its own way: nothing is taken from this one.

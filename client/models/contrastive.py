@@ -1,7 +1,7 @@
 """Contrastive search: of the likeliest tokens, the one that makes the context least like itself.
 
-transformers has this mode no longer in itself, but on its hub, in a form that asks the cache for tensors. Here a prompt's
-rows stand for ``top_k`` rows each in the session from the beginning, as those of beams do: all candidates of a token are
+transformers has this mode no longer in itself, but on its hub, in a form that asks the cache for tensors. Here each row
+of a prompt is ``top_k`` rows in the session from the beginning, as it is with beams: all candidates of a token are
 computed in one step, and the chosen one's row takes the others' places in the next.
 
 Source: Su et al., A Contrastive Framework for Neural Text Generation (NeurIPS 2022), eq. 5; the ids are those of

@@ -46,7 +46,7 @@ class ModelMark:
         InvalidInput: what was found is another model, as far as can be told.
         """
         is_same = (self.digest, self.blocks) == (found.digest, found.blocks)
-        if not is_same or None not in (self.weights, found.weights) and self.weights != found.weights:
+        if not is_same or (None not in (self.weights, found.weights) and self.weights != found.weights):
             raise InvalidInput(
                 f"the session was saved with another model ({found.model}, digest {found.digest[:12]}) than this one "
                 f"({self.model}, digest {self.digest[:12]}): take the model that it was saved with"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +19,7 @@ from client.errors import ClientError, InvalidInput
 from client.models.saved import ModelMark, SavedSession
 from tests.checkpoints import make_checkpoint
 from tests.mem.conftest import Reference
-from tests.mem.swarms import TestSwarm, blocking, generate, swarm_of
+from tests.mem.swarms import blocking, generate, swarm_of
 from tests.mem.test_parity import PADDED, PADDED_MASK, PROMPT, ROWS
 
 TWO = [(0, 2), (2, 5)]
@@ -25,10 +27,6 @@ TWO = [(0, 2), (2, 5)]
 
 def greedy(model: Any, ids: torch.Tensor, new: int, **options: Any) -> torch.Tensor:
     return torch.tensor(generate(model, ids, max_new_tokens=new, do_sample=False, **options))
-
-
-def computed(swarm: TestSwarm) -> list[int]:
-    return [node.node.stats[1] for node in swarm.nodes]
 
 
 # Forks
@@ -65,15 +63,19 @@ async def test_forks_share_what_the_nodes_have(odd: Reference) -> None:
     async with swarm_of(odd.folder, TWO) as swarm:
         model = await swarm.model(odd.folder)
 
+        async def shared() -> list[int]:
+            engines = [serving.engine for node in swarm.nodes for serving in node.node._servings]
+            return [max(engine._slots.place(key).shared for key in engine._sessions) for engine in engines]
+
         def fork() -> list[int]:
             with model.session() as trunk:
                 first = greedy(model, ids, 3, session=trunk)
-                before = computed(swarm)
                 with trunk.fork() as branch:
                     assert torch.equal(greedy(model, first, 2, session=branch), greedy(odd.model, ids, 5))
-                return [after - each for after, each in zip(computed(swarm), before, strict=True)]
+                    found: list[int] = trio.from_thread.run(shared)
+            return found
 
-        await blocking(fork)
+        assert await blocking(fork) == [512, 512]
 
 
 async def test_a_fork_of_beams_has_the_rows_as_they_are_now(odd: Reference) -> None:
@@ -123,11 +125,11 @@ async def test_another_process_goes_on(odd: Reference, tmp_path: Path) -> None:
                 with model.load_session(file) as session:
                     had = session.ids
                     assert torch.equal(had, greedy(odd.model, ids, 6, **options))
-                    mask = torch.cat([options["attention_mask"], torch.ones(3, 6)], dim=1) if options else None
-                    return greedy(model, had, 5, session=session, **({"attention_mask": mask.long()} if options else {}))
+                    more = {"attention_mask": torch.cat([PADDED_MASK, torch.ones_like(PADDED_MASK)], dim=1)}
+                    return greedy(model, had, 5, session=session, **(more if options else {}))
 
             assert torch.equal(await blocking(go_on), greedy(odd.model, ids, 11, **options)), name
-    assert [each.name for each in tmp_path.iterdir()] == ["story.session"]
+    assert os.listdir(tmp_path) == ["story.session"]
 
 
 async def test_sampling_goes_on_with_the_callers_random_numbers(odd: Reference, tmp_path: Path) -> None:
