@@ -133,7 +133,14 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         draft: str | PreTrainedModel | None = None,
         **options: Any,
     ) -> Any:
-        """transformers' ``generate``: greedy, sampling, beams, penalties, stopping criteria, streamers, padded batches.
+        """transformers' ``generate``: greedy, sampling, beams, constraints, assisted decoding, penalties, stopping
+        criteria, streamers, padded batches, scores, hidden states; contrastive search, which transformers has moved to
+        its hub. Other modes that it has moved there (group and constrained beams, DoLa) need ``trust_remote_code=True``
+        and the hub, as they do with it.
+
+        Attentions are not given (``output_attentions``): they stay on the nodes. Contrastive search keeps ``top_k``
+        rows in the session for each one, and computes a prompt from its beginning. With ``output_hidden_states``
+        nothing is drafted.
 
         Args:
             inputs: token ids.
@@ -355,6 +362,9 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
 
     def get_input_embeddings(self) -> Any:
         return self.embeddings.word_embeddings
+
+    def get_output_embeddings(self) -> Any:
+        return self.head.lm_head
 
 
 def load(name: str, served: Sequence[ServedModel], swarm: AsyncSwarm, portal: Portal) -> DistributedBloomForCausalLM:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, WatermarkingConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, WatermarkingConfig
 
 from tests.mem.conftest import Reference
 from tests.mem.swarms import blocking, generate, swarm_of
-from tests.mem.test_parity import PADDED, PADDED_MASK, PROMPT, ROWS
+from tests.mem.test_parity import PADDED, PADDED_MASK, PROMPT, ROWS, Collects
 
 SPANS = [(0, 2), (2, 5)]
 
@@ -229,3 +230,92 @@ async def test_contrastive_search(odd: Reference, alpha: float) -> None:
                 theirs = contrastive(odd.model, prompt, alpha, 4, 8, mask).tolist()
             asked: dict[str, Any] = {"penalty_alpha": alpha, "top_k": 4, "max_new_tokens": 8, "attention_mask": mask}
             assert await blocking(partial(generate, model, prompt, **asked)) == theirs
+
+
+async def test_contrastive_search_with_all_that_belongs_to_it(odd: Reference) -> None:
+    with torch.inference_mode():
+        expected = contrastive(odd.model, PROMPT, 0.6, 4, 12, torch.ones_like(PROMPT))
+    config = GenerationConfig(penalty_alpha=0.6, top_k=4, max_new_tokens=12)
+    async with swarm_of(odd.folder, SPANS) as swarm:
+        model: Any = await swarm.model(odd.folder)
+
+        def calls() -> None:
+            streamer = Collects()
+            assert torch.equal(model.generate(PROMPT, config, streamer=streamer), expected)
+            assert streamer.ids == expected[0].tolist()
+            end = int(expected[0, 11])
+            ended = model.generate(ROWS, generation_config=config, eos_token_id=end, pad_token_id=3)
+            for row, whole in zip(ended.tolist(), model.generate(ROWS, config).tolist(), strict=True):
+                stop = whole.index(end, 4) + 1 if end in whole[4:] else len(whole)
+                assert row[:stop] == whole[:stop]
+                assert set(row[stop:]) <= {3}
+            with model.session() as session:
+                first = model.generate(PROMPT, config, max_new_tokens=5, session=session)
+                assert torch.equal(model.generate(first, config, max_new_tokens=7, session=session), expected)
+            everything = told(model, PROMPT, penalty_alpha=0.6, top_k=4, do_sample=False)
+            assert torch.equal(everything.sequences, expected[:, :14])
+            with torch.inference_mode():
+                states = odd.model(expected[:, :13], output_hidden_states=True)
+            check_states(everything.hidden_states[0], [state[:, :7] for state in states.hidden_states])
+            for step, given in enumerate(everything.hidden_states[1:], start=7):
+                check_states(given, [state[:, step : step + 1] for state in states.hidden_states])
+            for step, logits in enumerate(everything.logits, start=6):
+                torch.testing.assert_close(logits, states.logits[:, step], atol=1e-4, rtol=1e-4)
+            assert len(everything.scores) == 7
+
+        await blocking(calls)
+
+
+MOVED: dict[str, dict[str, Any]] = {
+    "Group Beam Search": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+    "Constrained Beam Search": {"num_beams": 3, "force_words_ids": [[7, 8]]},
+    "Dola Generation": {"dola_layers": "low"},
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+async def test_modes_that_transformers_has_no_longer_are_refused_alike(odd: Reference, name: str) -> None:
+    asked = {**MOVED[name], "do_sample": False, "max_new_tokens": 4}
+    async with swarm_of(odd.folder, SPANS) as swarm:
+        model = await swarm.model(odd.folder)
+        for each in (odd.model, model):
+            with pytest.raises(ValueError, match=f"{name} requires `trust_remote_code=True`"):
+                await blocking(partial(generate, each, PROMPT, **asked))
+
+
+async def test_decoding_of_ones_own(odd: Reference, tmp_path: Path) -> None:
+    """As the modes that transformers loads from its hub: a folder with a function, or the function itself."""
+    script = """
+def second_best(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+    import torch
+    unfinished, first = True, True
+    while unfinished:
+        new = None if first else 1
+        inputs = model.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=new, is_first_iteration=first, **model_kwargs
+        )
+        outputs = model(**inputs, return_dict=True)
+        best = outputs.logits[:, -1].topk(2).indices[:, 1:]
+        input_ids = torch.cat([input_ids, best], dim=1)
+        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        unfinished, first = not stopping_criteria(input_ids, None).all(), False
+    return input_ids
+
+
+def generate(model, *args, custom_generate=None, **kwargs):
+    from transformers import GenerationMixin
+
+    return GenerationMixin.generate(model, *args, custom_generate=second_best, **kwargs)
+"""
+    (tmp_path / "custom_generate").mkdir()
+    (tmp_path / "custom_generate" / "generate.py").write_text(script)
+    names: dict[str, Any] = {}
+    exec(script, names)  # the text above
+    async with swarm_of(odd.folder, SPANS) as swarm:
+        model = await swarm.model(odd.folder)
+        for custom in (names["second_best"], str(tmp_path)):
+            asked: dict[str, Any] = {"custom_generate": custom, "max_new_tokens": 6, "do_sample": False}
+            asked |= {"trust_remote_code": True} if isinstance(custom, str) else {}
+            for prompt in (PROMPT, ROWS):
+                theirs = generate(odd.model, prompt, **asked)
+                assert await blocking(partial(generate, model, prompt, **asked)) == theirs

@@ -223,7 +223,7 @@ async def test_generation_ends_at_the_end_of_text_token(odd: Reference) -> None:
         assert await swarm.generate(odd.folder, PROMPT, **options) == theirs
 
 
-class _Collects(TextStreamer):  # type: ignore[misc]  # transformers has no types here
+class Collects(TextStreamer):  # type: ignore[misc]  # transformers has no types here
     """Notes what a streamer is given."""
 
     def __init__(self) -> None:
@@ -240,7 +240,7 @@ class _Collects(TextStreamer):  # type: ignore[misc]  # transformers has no type
 async def test_streamers_get_the_same_tokens(odd: Reference) -> None:
     async with swarm_of(odd.folder, CHAINS["two-nodes"]) as swarm:
         model = await swarm.model(odd.folder)
-        streamer = _Collects()
+        streamer = Collects()
         ours = await blocking(lambda: generate(model, PROMPT, max_new_tokens=9, do_sample=False, streamer=streamer))
         assert ours == generate(odd.model, PROMPT, max_new_tokens=9, do_sample=False)
         assert streamer.ids == ours[0]
