@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, BloomConfig, GenerationConfig, Generatio
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from client.drafting.base import Drafter
 from client.drafting.runner import make_model_drafter
@@ -182,7 +183,9 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         token = _side_sessions.set(side_sessions)
         try:
             output = super().generate(inputs, *args, past_key_values=session, **options)
-            session.note(output if isinstance(output, torch.Tensor) else output.sequences)
+            sequences = output.get("sequences") if isinstance(output, ModelOutput) else output
+            if isinstance(sequences, torch.Tensor):  # decoding of one's own may return anything
+                session.note(sequences)
             return output
         finally:
             _side_sessions.reset(token)
