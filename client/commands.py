@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from net import console
 
 if TYPE_CHECKING:
+    from client.models.bloom import DistributedBloomForCausalLM
+    from client.models.cache import SessionCache
     from client.swarm import Peer, ServedModel
 
 CONNECT_TIMEOUT_S = 8.0
@@ -52,6 +56,13 @@ def add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     generate.add_argument(
         "--seed", type=console.whole(0, 2**63 - 1), metavar="N", help="make sampling repeatable; needs one of the above"
+    )
+    generate.add_argument(
+        "--session",
+        type=Path,
+        metavar="FILE",
+        help="go on where FILE left off, with the prompt (which may be empty then) after it, and save there; begin one "
+        "if there is no such file. It holds token ids; random numbers begin anew, or with --seed",
     )
     generate.add_argument("--repetition-penalty", type=_factor, metavar="X", help="above 1: repeat less")
     generate.add_argument(
@@ -132,7 +143,8 @@ def run_generate(options: argparse.Namespace) -> int:
     import client
 
     prompt = _read_prompt() if options.prompt == "-" else options.prompt
-    if not prompt:
+    goes_on = options.session is not None and options.session.exists()
+    if not prompt and not goes_on:
         raise console.UserError("the prompt is empty: give at least one character")
     how = sampling_options(options)
     console.tell_warnings("client")
@@ -140,6 +152,8 @@ def run_generate(options: argparse.Namespace) -> int:
         raise console.UserError(
             "--seed does nothing without sampling: add --temperature, --top-p or --top-k, or leave it out"
         )
+    if options.session is not None and not os.access(options.session.absolute().parent, os.W_OK):
+        raise console.UserError(f"cannot save in {options.session.absolute().parent}: no folder that can be written to")
     with client.connect(options.bootstrap, timeout_s=CONNECT_TIMEOUT_S, swarm_key=options.swarm_key) as swarm:
         # Ask for the model's nodes before the slow import: what is missing should be said at once.
         swarm.models()
@@ -151,12 +165,17 @@ def run_generate(options: argparse.Namespace) -> int:
 
         if options.seed is not None:
             torch.manual_seed(options.seed)
-        ids = model.tokenizer(prompt, return_tensors="pt").input_ids
-        streamer = None if options.json else TextPrinter(model.tokenizer)
-        with (
-            console.interruptible(),
-            model.session(wire=options.wire, measures_error=options.verbose) as session,
-        ):
+        ids = torch.tensor([model.tokenizer(prompt).input_ids], dtype=torch.int64)  # [1, t]
+        saved = options.session if goes_on else None
+        with console.interruptible(), _session(model, saved, options.wire, measures=options.verbose) as session:
+            before, pads = session.ids, session.pads or (0,)
+            if before.shape[0] > 1:
+                raise console.UserError(
+                    f"{options.session} holds {before.shape[0]} rows: this command goes on with one"
+                )
+            if before.numel():
+                ids = torch.cat([before, ids], dim=1)
+            streamer = None if options.json else TextPrinter(model.tokenizer, skip=before.numel())
             # What cannot be done is said before anything is printed. (The last token is never sent.)
             session.prepare(1, ids.shape[1] + options.max_new_tokens - 1)
             started = time.monotonic()
@@ -166,7 +185,7 @@ def run_generate(options: argparse.Namespace) -> int:
                     session=session,
                     draft=None if options.draft == "off" else options.draft,
                     streamer=streamer,
-                    attention_mask=torch.ones_like(ids),
+                    attention_mask=(torch.arange(ids.shape[1]) >= pads[0]).long()[None],
                     **how,
                 )
             except BaseException:
@@ -176,6 +195,11 @@ def run_generate(options: argparse.Namespace) -> int:
             seconds = time.monotonic() - started
             route = session.route
             traffic = session.traffic if options.verbose else []
+            if options.session is not None:
+                try:
+                    session.save(options.session)
+                except OSError as error:
+                    raise console.UserError(f"cannot save {options.session}: {error.strerror or error}") from error
     for hop in traffic:
         print(hop, file=sys.stderr)
     new_tokens = output.shape[1] - ids.shape[1]
@@ -190,6 +214,20 @@ def run_generate(options: argparse.Namespace) -> int:
             }
         )
     return 0
+
+
+def _session(model: DistributedBloomForCausalLM, saved: Path | None, wire: str, *, measures: bool) -> SessionCache:
+    """A new session, or the one that was saved.
+
+    Raises:
+        UserError: its file cannot be read.
+    """
+    if saved is None:
+        return model.session(wire=wire, measures_error=measures)
+    try:
+        return model.load_session(saved, wire=wire, measures_error=measures)
+    except OSError as error:
+        raise console.UserError(f"cannot read {saved}: {error.strerror or error}") from error
 
 
 def _read_prompt() -> str:

@@ -50,6 +50,13 @@ class Journal:
         self._pieces: list[_Piece] = []
         self._orders: list[Tensor] = []
 
+    def copy(self) -> Journal:
+        """Another one with the same tokens, cut as these were; hidden states are shared, and nobody changes them."""
+        other = Journal(merge=self.merge)
+        other.rows, other.reordered_at = self.rows, self.reordered_at
+        other._pieces, other._orders = list(self._pieces), list(self._orders)
+        return other
+
     @property
     def version(self) -> int:
         """How many times rows have changed places."""

@@ -16,6 +16,7 @@ import trio
 
 from client import session_core as core
 from client.errors import ClientError, InvalidInput, MissingBlocks, UnknownModel
+from client.every_block import EveryBlock
 from client.forms import HopTraffic, SessionForms
 from client.journal import DECODE_TOKENS, Journal
 from client.legs import FindNodes, Leg
@@ -85,6 +86,9 @@ class Session:
         self._journal = Journal()
         self._order: tuple[int, ...] = ()
         self._width = 0  # of hidden states
+        self._every: EveryBlock | None = None  # while results of every block are wanted
+        self._every_runs: dict[int, tuple[int, int]] = {}  # by number: which leg was asked, from which token on
+        self._longest_hop = 1  # blocks, of all nodes that could be on the chain
         self._core: SessionCore | None = None
         self._legs: dict[int, Leg] = {}
         self._nursery: trio.Nursery | None = None
@@ -130,7 +134,12 @@ class Session:
         self.batch = None
 
     async def step(
-        self, hidden: torch.Tensor, order: Sequence[int] | None = None, *, keep: int | None = None
+        self,
+        hidden: torch.Tensor,
+        order: Sequence[int] | None = None,
+        *,
+        keep: int | None = None,
+        every_block: bool = False,
     ) -> torch.Tensor:
         """Run all blocks on the next tokens.
 
@@ -138,10 +147,12 @@ class Session:
             hidden: their hidden states.
             order: for beam search: row ``i`` goes on from what row ``order[i]`` had.
             keep: of how many tokens, at the end, results are wanted; of all by default.
+            every_block: return what each of the model's ``n`` blocks gives, for all tokens. It takes a round trip to
+                each node, and as many times the data.
 
         Shapes:
             hidden: [b, t, d], fp32
-            returns: [b, t or keep, d]
+            returns: [b, t or keep, d]; [n, b, t, d] with ``every_block``
 
         Raises:
             InvalidInput: more tokens than the nodes allow, or values that are not finite.
@@ -154,10 +165,11 @@ class Session:
                 f"{self.position + hidden.shape[1]} tokens are more than the {self.max_length} that the nodes on the "
                 f"chain allow; shorten the prompt or ask for fewer new tokens"
             )
-        if not torch.isfinite(hidden).all():
-            raise InvalidInput("hidden states that are not finite: the embeddings of this checkpoint are damaged")
+        _check_finite(hidden)
         position = self.position
         try:
+            if every_block:
+                return await self._step_every(hidden, order)
             kept = min(keep or hidden.shape[1], hidden.shape[1])
             end = await self.begin(hidden, order, keep=kept)
             return await self.result(end - kept, end)
@@ -167,6 +179,30 @@ class Session:
             if isinstance(error, InvalidInput) and not position:  # perhaps nodes do not take so many rows
                 await self._forget_rows()
             raise
+
+    async def _step_every(self, hidden: torch.Tensor, order: Sequence[int] | None) -> torch.Tensor:
+        """Shapes:
+        returns: [n, b, t, d]
+        """
+        session, position = await self._awake(), self.position
+        token_bytes = self._longest_hop * hidden[:, :1].numel() * hidden.element_size()
+        if token_bytes > MAX_FRAME_BYTES - MAX_HEADER_BYTES:
+            raise InvalidInput(
+                f"hidden states of a token in {hidden.shape[0]} rows after each of a node's {self._longest_hop} blocks "
+                f"are more than the {MAX_FRAME_BYTES} bytes of a message: give fewer rows at once"
+            )
+        self._every = EveryBlock(position)
+        self._every_runs = {
+            run: asked for run, asked in self._every_runs.items() if session.expected(run, unpushed=True) is not None
+        }
+        # What is computed again must not be put together with what was before: it would not fit into a message.
+        self._journal.merge, session.direct = False, True
+        try:
+            end = await self.begin(hidden, order)
+            await self.result(position, end)
+            return self._every.gathered(self.chain[-1].node.blocks, end)
+        finally:
+            self._every, session.direct = None, False
 
     async def begin(self, hidden: torch.Tensor, order: Sequence[int] | None = None, *, keep: int | None = None) -> int:
         """Send the next tokens, whose values and number have been checked, without waiting for what they give.
@@ -206,6 +242,41 @@ class Session:
         found = _gathered(session.outputs, position, end)
         session.took(end)
         return found
+
+    def take_history(self, other: Session, position: int) -> None:
+        """Begin with another session's first tokens. Nodes get them with the next step.
+
+        Raises:
+            InvalidInput: the session has begun, or the other has fewer tokens.
+        """
+        if not 0 <= position <= other.position:
+            raise InvalidInput(f"the other session has {other.position} tokens, not {position}")
+        self._check_new()
+        if other.batch is not None:
+            self._journal, self._width = other._journal.copy(), other._width
+            self._journal.cut(position)
+            self.batch, self.pads, self.position = other.batch, other.pads, position
+
+    def restore(self, hidden: torch.Tensor, pads: Sequence[int] | None) -> None:
+        """Begin with tokens whose hidden states are these. Nodes get them with the next step.
+
+        Shapes:
+            hidden: [b, t, d], fp32
+
+        Raises:
+            InvalidInput: the session has begun, or values are not finite.
+        """
+        self._check_new()
+        _check_finite(hidden)
+        self.batch, self._width = hidden.shape[0], hidden.shape[2]
+        self.pads = None if pads is None else tuple(pads)
+        for part in hidden.split(self._piece_tokens(hidden), dim=1):
+            self._journal.add(part.contiguous())
+        self.position = self._journal.end
+
+    def _check_new(self) -> None:
+        if self.batch is not None or self.position or self._core is not None:
+            raise InvalidInput("the session has begun: open another with model.session()")
 
     def stop(self) -> None:
         """Wait for nothing any more."""
@@ -345,7 +416,7 @@ class Session:
             self.max_length = min(longest, self._requested_length or longest)
             # Where a row's bits depend on what is computed beside it, only the same steps give the same bits again.
             backend = session.legs[0].hop.node.numerics.backend
-            self._journal.merge = not backend.endswith("-mixing")
+            self._journal.merge = not backend.endswith("-mixing") and self._every is None
         self._changed.set()
 
     def _carry_out(self, action: core.Action, nursery: trio.Nursery) -> None:
@@ -383,12 +454,16 @@ class Session:
                 self._core.forbidden(leg.key, InvalidInput(str(error)))
 
     def _fields(self, action: core.Send | core.Resend) -> Mapping[str, object]:
+        every = self._every is not None and isinstance(action, core.Send) and action.end > self._every.position
+        if every:
+            self._every_runs[action.run] = action.leg, action.position
         return wire.Step(
             id=action.run,
             position=action.position,
             push=action.push,
-            keep=action.keep,
+            keep=action.end - action.position if every else action.keep,
             order=self._order if action.with_order else None,
+            every=every,
         ).to_fields()
 
     def _request(self, hop: Hop) -> wire.Open:
@@ -413,6 +488,7 @@ class Session:
             found: list[NodeAnnouncement] | ClientError | errors.NetError = error
         else:
             found = [node for node in nodes if node.max_length > self._journal.end] or nodes
+            self._longest_hop = max(node.end - node.start for node in found)
         if session is None or session is not self._core:
             return
         if isinstance(found, list):
@@ -490,16 +566,24 @@ class Session:
             now = trio.current_time()
             if "e" in message.header:
                 refused = lane.read_refusal(message.header)
+                if refused.code == "too-long" and number in self._every_runs:  # others have fewer blocks
+                    session.failed(leg.key, f"{refused.code}: {refused.message}", now, blame=False)
+                    return
                 session.refused(
                     leg.key, number, refused.code, refused.message, now, retry_after_s=refused.retry_after_s
                 )
                 return
-            unpushed = message.header.get("unpushed") is True
-            tokens = session.expected(number, unpushed=unpushed)
-            if tokens is None:
+            asked, position = self._every_runs.get(number, (0, 0))
+            unpushed = message.header.get("unpushed") is True and not asked
+            tokens = session.expected(number, unpushed=unpushed or asked > 0)
+            if tokens is None or asked not in (0, leg.key):
                 return
             try:
-                hidden = self._read_hidden(message, tokens, leg)
+                if not asked:
+                    hidden = self._read_hidden(message, tokens, leg)
+                else:
+                    keep = session.expected(number, unpushed=False)
+                    hidden = self._read_every(message, leg, position, tokens, keep)
             except errors.RemoteProtocolError as error:
                 session.failed(leg.key, f"answered a step with {error}", now)
             else:
@@ -518,8 +602,34 @@ class Session:
             if session is not None:
                 session.placed(leg.key, number, state, trio.current_time())
 
-    def _read_hidden(self, message: Message, tokens: int, leg: Leg) -> torch.Tensor | None:
+    def _read_every(
+        self, message: Message, leg: Leg, position: int, tokens: int, keep: int | None
+    ) -> torch.Tensor | None:
+        """Take what every block gave; returned is what the last one gave for the last ``keep`` tokens.
+
+        Raises:
+            RemoteProtocolError: it is not what it should be.
+        """
+        start, blocks = leg.hop.start, leg.hop.end - leg.hop.start
+        hidden = self._read_hidden(message, tokens, leg, blocks)
+        if hidden is None:
+            raise errors.RemoteProtocolError("nothing")
+        states = hidden.unflatten(0, (blocks, -1))  # [n, b, t, d]
+        if self._every is not None:
+            self._every.take(start, position, states)
+        return states[-1][:, tokens - keep :].contiguous() if keep else None
+
+    def _read_hidden(self, message: Message, tokens: int, leg: Leg, blocks: int = 1) -> torch.Tensor | None:
         """Never believe a node: form, shape and finiteness of what it returns.
+
+        Args:
+            message: the answer.
+            tokens: that there should be.
+            leg: whose answer it is.
+            blocks: whose results there should be, along the rows.
+
+        Shapes:
+            returns: [blocks * b, tokens, d]
 
         Raises:
             RemoteProtocolError: they are not what they should be.
@@ -529,7 +639,7 @@ class Session:
         if len(message.tensors) != 1:
             raise errors.RemoteProtocolError(f"{len(message.tensors)} tensors")
         try:
-            hidden, form = from_message(message.header, message.tensors[0], self.batch or 1, self._width)
+            hidden, form = from_message(message.header, message.tensors[0], blocks * (self.batch or 1), self._width)
         except BadInput as error:
             raise errors.RemoteProtocolError(str(error)) from error
         if hidden.shape[1] != tokens:
@@ -545,7 +655,17 @@ class Session:
         """How many tokens are sent in one message: a chunk of a prompt, if that fits."""
         rows, tokens, width = hidden.shape
         fitting = max(1, (MAX_FRAME_BYTES - MAX_HEADER_BYTES) // (rows * width * hidden.element_size()))
+        if self._every is not None:  # as many come back of every block, and nodes compute no more than for training
+            fitting = max(1, min(fitting, self.max_length) // self._longest_hop)
         return min(fitting, tokens if rows * tokens <= DECODE_TOKENS else max(1, CHUNK_TOKENS // rows))
+
+
+def _check_finite(hidden: torch.Tensor) -> None:
+    """Raises:
+    InvalidInput: some values are not.
+    """
+    if not torch.isfinite(hidden).all():
+        raise InvalidInput("hidden states that are not finite: the embeddings of this checkpoint are damaged")
 
 
 def _gathered(outputs: Mapping[int, tuple[int, torch.Tensor]], position: int, end: int) -> torch.Tensor:

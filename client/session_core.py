@@ -293,6 +293,7 @@ class SessionCore:
         self.failures: list[tuple[PeerId, str]] = []
         self.successes: list[PeerId] = []
         self.failed_peers: dict[PeerId, Failure] = {}  # until they do a step
+        self.direct = False  # whether every leg answers here, and nothing is handed on
         self.mixed = False  # whether another class of numerics may be taken where none of the same is left
         self._journal = journal
         self._n_blocks = 0  # until nodes have been found
@@ -852,7 +853,7 @@ class SessionCore:
     ) -> bool:
         """Send a piece through a leg and those that it hands on to."""
         leg = self.legs[index]
-        by_push = source is not None and source.linked_to == leg.key
+        by_push = source is not None and source.linked_to == leg.key and not self.direct
         if source is not None and not by_push:
             return self._fetch(source, position, end, now)
         if not self._may_enter(leg, by_push=by_push, now=now):
@@ -863,7 +864,8 @@ class SessionCore:
                 not with_order or self._may_reorder(following)
             )
             if (
-                legs[-1].linked_to != following.key
+                self.direct
+                or legs[-1].linked_to != following.key
                 or following.sent != position
                 or not alike
                 or not self._may_enter(following, by_push=True, now=now)

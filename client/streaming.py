@@ -16,15 +16,17 @@ class TextPrinter(BaseStreamer):  # type: ignore[misc]  # transformers has no ty
     Args:
         tokenizer: the model's, a fast one.
         out: where to.
+        skip: tokens at the beginning of the prompt that are not printed.
     """
 
-    def __init__(self, tokenizer: Any, out: TextIO | None = None) -> None:
+    def __init__(self, tokenizer: Any, out: TextIO | None = None, *, skip: int = 0) -> None:
         self._tokenizer = tokenizer
         self._out = out or sys.stdout
         self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
-        self._printed = 0  # characters, or about to be:
+        self._printed = 0  # characters, or about to be, or not to be at all
         self._held: str | None = None  # the prompt
+        self._skip = skip
 
     def put(self, value: Any) -> None:
         """Take the next token ids, of one row; the prompt first."""
@@ -52,8 +54,8 @@ class TextPrinter(BaseStreamer):  # type: ignore[misc]  # transformers has no ty
         return self._printed > 0 and self._held is None
 
     def _print(self, text: str) -> None:
-        if text:
-            self._printed += len(text)
+        self._printed += len(text)
+        if text and len(self._ids) > self._skip:
             if self._held is None:
                 self._show(text)
             else:

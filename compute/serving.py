@@ -20,7 +20,7 @@ from torch import Tensor
 
 from compute.bloom import BloomSpan
 from compute.engine import Engine, EngineSettings
-from compute.errors import EngineError, EngineStopped, Later
+from compute.errors import BadInput, EngineError, EngineStopped, Later
 from compute.metrics import Metrics
 from compute.outbox import Outbox, OutboxBudget
 from compute.pushing import PushLink
@@ -85,10 +85,12 @@ class Held:
         linking: Set when it is known whether the one that was named last can be reached; ``None`` before one was.
         seen: The highest number of a step that was begun.
         recent: The numbers of what has ended, the last ones.
+        n_blocks: That its steps go through.
     """
 
     serving: Serving | None
     session_id: int
+    n_blocks: int
     peer_id: PeerId
     token: bytes
     push_token: bytes
@@ -175,14 +177,34 @@ class Held:
                 hidden, _ = await _converted(
                     lambda: from_message(ask.fields, ask.tensors[0], self.batch, width), ask.tensors[0]
                 )
-                result = await serving.engine.step(self.session_id, hidden, step.position, step.order)
-            self.outbox.add(step.position, result, step.order)
+                if step.every:
+                    states = await self._step_every(hidden, step, serving)  # [n, b, t, d]
+                    given, result = states[-1], states.flatten(0, 1)  # [n * b, t, d]
+                else:
+                    given = result = await serving.engine.step(self.session_id, hidden, step.position, step.order)
+            self.outbox.add(step.position, given, step.order)
         else:
             kept = self.outbox.get(step.position, ask.end)
             if kept is None:
                 raise RpcError("no-history", "what these steps gave has not been kept here")
             result = kept
         await self._deliver(step, result, serving)
+
+    async def _step_every(self, hidden: Tensor, step: wire.Step, serving: Serving) -> Tensor:
+        """What every block gives.
+
+        Shapes:
+            hidden: [b, t, d]
+            returns: [n, b, t, d]
+
+        Raises:
+            BadInput: ``too-long``: it does not fit into a message.
+            EngineError: as ``Engine.step``.
+        """
+        size = self.n_blocks * hidden.numel() * hidden.element_size()
+        if size > framing.MAX_FRAME_BYTES - framing.MAX_HEADER_BYTES:
+            raise BadInput("too-long", f"{self.n_blocks} blocks give {size} bytes for these tokens: send fewer at once")
+        return await serving.engine.step(self.session_id, hidden, step.position, step.order, every_block=True)
 
     async def _deliver(self, step: wire.Step, result: Tensor, serving: Serving) -> None:
         """Hand a result on, or tell the client."""
@@ -331,6 +353,7 @@ class Serving:
         held = Held(
             serving=self,
             session_id=session_id,
+            n_blocks=request.end - request.start,
             peer_id=peer_id,
             token=secrets.token_bytes(wire.TOKEN_BYTES),
             push_token=request.push_token,

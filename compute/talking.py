@@ -214,8 +214,11 @@ async def serve_pushes(stream: Stream, node: Node) -> None:
             message = await messages.receive()
         if scope.cancelled_caught or message is None:
             return
+        ask = _step(message)
+        if ask.step.every:
+            raise errors.RemoteProtocolError("results of every block are for the client to ask for")
         try:
-            await held.ask(_step(message))
+            await held.ask(ask)
         except RpcError:
             return  # the session is over, and its client knows
 

@@ -5,19 +5,26 @@ A token's way: ``generate`` -> ``forward`` -> embeddings -> session (chain of no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoTokenizer, BloomConfig, GenerationConfig, GenerationMixin
+from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from client.drafting.base import Drafter
 from client.drafting.runner import make_model_drafter
 from client.errors import InvalidInput, UnknownModel
 from client.models.cache import SessionCache
+from client.models.contrastive import contrastive_search
+from client.models.saved import ModelMark, SavedSession
 from client.portal import Portal
 from compute.bloom import Embeddings, Head, span_digest
 from compute.checkpoint import Checkpoint
@@ -25,10 +32,14 @@ from compute.errors import CheckpointError
 from compute.models import find_checkpoint, is_folder
 
 if TYPE_CHECKING:
+    from os import PathLike
+
     from client.swarm import AsyncSwarm, ServedModel
     from net.protocol.announcement import NodeAnnouncement
 
 IGNORED_LABEL = -100
+# What logits processors keep open beside the session that is generated with (as classifier-free guidance does).
+_side_sessions: ContextVar[list[SessionCache] | None] = ContextVar("side_sessions", default=None)
 MAX_CHECKED_BYTES = 512 * 1024 * 1024  # hashed when a model is made: about a second
 
 
@@ -55,8 +66,10 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         swarm: AsyncSwarm,
         portal: Portal,
         accepts: Callable[[NodeAnnouncement], bool],
+        weights: str | None,
     ) -> None:
         super().__init__(config)
+        self._mark = ModelMark(model=served.name, digest=served.digest, weights=weights, blocks=served.n_blocks)
         self.embeddings = embeddings
         self.head = head
         self.generation_config = generation_config
@@ -97,12 +110,37 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         Raises:
             InvalidInput: there is no such ``wire``, or ``max_length`` is not above 0.
         """
-        session = self._portal.call(
-            lambda: self._swarm.session(
-                self.served, max_length=max_length, wire=wire, measures_error=measures_error, accepts=self._accepts
-            )
+        make = partial(
+            self._swarm.session,
+            self.served,
+            max_length=max_length,
+            wire=wire,
+            measures_error=measures_error,
+            accepts=self._accepts,
         )
-        return SessionCache(session, self._portal)
+        return SessionCache(make, self._portal, self._mark)
+
+    def load_session(self, path: str | PathLike[str], **options: Any) -> SessionCache:
+        """A session that goes on where one was saved with ``session.save(path)``; its ``ids`` are the tokens.
+
+        Nodes get the tokens with the first step: those are computed again, whatever chain there is now.
+
+        Args:
+            path: of the file.
+            options: as for ``session``.
+
+        Raises:
+            InvalidInput: the file holds no session, or one of another model.
+            OSError: it cannot be read.
+        """
+        saved = SavedSession.read(Path(path))
+        self._mark.check(saved.mark)
+        if any(token >= self.config.vocab_size for row in saved.ids for token in row):
+            raise InvalidInput(f"{path} holds token ids that the model does not have: it is damaged")
+        session = self.session(**options)
+        with torch.inference_mode():
+            session.restore(saved, self.embeddings)
+        return session
 
     def generate(
         self,
@@ -113,7 +151,14 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         wire: str | None = None,
         **options: Any,
     ) -> Any:
-        """transformers' ``generate``: greedy, sampling, beams, penalties, stopping criteria, streamers, padded batches.
+        """transformers' ``generate``: greedy, sampling, beams, constraints, assisted decoding, penalties, stopping
+        criteria, streamers, padded batches, scores, hidden states; contrastive search, which transformers has moved to
+        its hub. Other modes that it has moved there (group and constrained beams, DoLa) need ``trust_remote_code=True``
+        and the hub, as they do with it.
+
+        Attentions are not given (``output_attentions``): they stay on the nodes. Contrastive search keeps ``top_k``
+        rows in the session for each one, and computes a prompt from its beginning. With ``output_hidden_states``
+        nothing is drafted.
 
         Args:
             inputs: token ids.
@@ -149,12 +194,37 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         if session is None:
             with self.session(wire="auto" if wire is None else wire) as fresh:
                 return self.generate(inputs, *args, session=fresh, draft=draft, **options)
+        if "custom_generate" not in options and self._is_contrastive(args, options):
+            # transformers hands no streamer to what it does not know.
+            options["custom_generate"] = partial(contrastive_search, streamer=options.get("streamer"))
         session.keep_prefix(ids)
         session.drafter = None if draft is None else self._drafter(draft)
+        side_sessions: list[SessionCache] = []
+        token = _side_sessions.set(side_sessions)
         try:
-            return super().generate(inputs, *args, past_key_values=session, **options)
+            output = super().generate(inputs, *args, past_key_values=session, **options)
+            sequences = output.get("sequences") if isinstance(output, ModelOutput) else output
+            if isinstance(sequences, torch.Tensor):  # decoding of one's own may return anything
+                session.note(sequences)
+            return output
         finally:
+            _side_sessions.reset(token)
+            for each in side_sessions:
+                each.close()
             session.stop_drafting()
+
+    def _is_contrastive(self, args: Sequence[Any], options: Mapping[str, Any]) -> bool:
+        """Whether these are arguments of ``generate`` that ask for contrastive search."""
+        given = args[0] if args else options.get("generation_config")
+        alpha = options.get("penalty_alpha", getattr(given or self.generation_config, "penalty_alpha", None))
+        if not alpha:
+            return False
+        named = {name: value for name, value in options.items() if name != "generation_config"}
+        config, _ = self._prepare_generation_config(given, **named)
+        is_wanted: bool = (
+            config.get_generation_mode(options.get("assistant_model")) == GenerationMode.CONTRASTIVE_SEARCH
+        )
+        return is_wanted
 
     def _drafter(self, draft: str | PreTrainedModel) -> Drafter | bool:
         return True if isinstance(draft, str) else make_model_drafter(draft, self.config.vocab_size)
@@ -188,9 +258,11 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
             past_key_values: the session that has the tokens before these; by default one for this call alone.
             inputs_embeds: not taken: the session keeps its tokens as ids.
             labels: the token at each position, which the position before should foretell; -100 where none counts.
-            use_cache: false to compute from the beginning of the session.
+            use_cache: false to compute from the beginning of the session; true to have a new one kept open, which is
+                in the output, and the caller's to close.
             output_attentions: not given: attention is computed on the nodes.
-            output_hidden_states: not given: what lies between blocks stays on the nodes.
+            output_hidden_states: true for the hidden states before each block, and after the last norm. They travel:
+                a step then takes a round trip to each node, and as many times the data as there are blocks.
             logits_to_keep: how many positions at the end, or which; 0 for all.
             return_dict: false for a tuple.
             num_items_in_batch: divide the loss by this instead of the number of labels that count.
@@ -201,33 +273,39 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
             labels: [b, t]
             logits: [b, t, vocabulary], or only the positions to keep
             loss: []
+            hidden_states: [b, t, d] each, one more than there are blocks
 
         Raises: as ``generate``.
         """
         ids = self._checked_ids(input_ids, inputs_embeds)
-        for name, asked in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
-            if asked or (asked is None and getattr(self.config, name)):
-                raise InvalidInput(f"{name} cannot be given: it stays on the nodes; leave the option out")
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise InvalidInput("output_attentions cannot be given: it stays on the nodes; leave the option out")
+        every = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if labels is not None:
             self._check_labels(labels, ids, logits_to_keep)
-        if past_key_values is None:
-            with self.session() as session:
-                if attention_mask is not None:
-                    session.pad(attention_mask, *ids.shape)
-                logits = self._logits(ids, session, logits_to_keep)
-                past_key_values = session
-        else:
-            if use_cache is False:
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        wanted = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep else None
+        with ExitStack() as closing:
+            if past_key_values is None:
+                past_key_values = self.session()
+                if use_cache and (side_sessions := _side_sessions.get()) is not None:
+                    side_sessions.append(past_key_values)
+                elif not use_cache:
+                    closing.enter_context(past_key_values)
+            elif use_cache is False:
                 past_key_values.position = 0
             if attention_mask is not None:
                 past_key_values.pad(attention_mask, ids.shape[0], past_key_values.position + ids.shape[1])
-            logits = self._logits(ids, past_key_values, logits_to_keep)
+            last, states = self.run_blocks(ids, past_key_values, wanted, every_block=bool(every))
+        with torch.inference_mode():
+            logits = self.head.lm_head(last[:, kept])  # [b, t or kept, vocabulary]
+        logits = logits.clone()  # outside: one that can be used like any other
         loss = None
         if labels is not None:
             loss = self.loss_function(  # transformers' own
                 logits, labels.long(), vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values, hidden_states=states)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
@@ -255,14 +333,31 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < self.config.vocab_size:
             raise InvalidInput(f"labels must lie in 0 to {self.config.vocab_size - 1}, or be {IGNORED_LABEL}")
 
-    def _logits(self, ids: torch.Tensor, session: SessionCache, to_keep: int | torch.Tensor) -> torch.Tensor:
-        kept = slice(-to_keep, None) if isinstance(to_keep, int) else to_keep
+    def run_blocks(
+        self, ids: torch.Tensor, session: SessionCache, keep: int | None = None, *, every_block: bool = False
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+        """Hidden states after the last norm; and if they are wanted those before each block, these included.
+
+        Args:
+            ids: the next tokens.
+            session: has those before.
+            keep: of how many tokens, at the end, they are wanted; of all by default, and with ``every_block``.
+            every_block: ask for those of every block.
+
+        Shapes:
+            ids: [b, t]
+            returns: [b, t or keep, d], and [b, t, d] of each
+
+        Raises: as ``generate``.
+        """
         with torch.inference_mode():
             hidden = self.embeddings(ids)  # [b, t, d]
-            wanted = to_keep if isinstance(to_keep, int) and to_keep else None
-            hidden = session.step(hidden, ids, wanted)  # [b, t, d], or fewer tokens at the end
-            logits: torch.Tensor = self.head(hidden[:, kept])  # [b, t or kept, vocabulary]
-        return logits.clone()  # outside: one that can be used like any other
+            if not every_block:
+                return self.head.ln_f(session.step(hidden, ids, keep)), None
+            given = session.step(hidden, ids, every_block=True)  # [n, b, t, d]
+            last = self.head.ln_f(given[-1])  # [b, t, d]
+        # Copied outside of inference mode, to be used like any others.
+        return last, tuple(state.clone() for state in (hidden, *given[:-1], last))
 
     def _prepare_cache_for_generation(
         self,
@@ -275,17 +370,24 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         """transformers asks for a cache here, when it knows how many rows and tokens there will be."""
         session: SessionCache = model_kwargs["past_key_values"]
         rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+        if generation_mode == GenerationMode.CONTRASTIVE_SEARCH:
+            rows *= generation_config.top_k
         mask = model_kwargs.get("attention_mask")
+        if mask is None and session.pads is not None:
+            raise InvalidInput("the session has padding: give the attention mask, too")
         if mask is not None and not session.position:
             session.pad(mask, rows, mask.shape[1])
         room = session.prepare(rows, max_cache_length)
-        if rows == 1 and session.drafter is not None:
+        if rows == 1 and session.drafter is not None and not generation_config.output_hidden_states:
             model = None if isinstance(session.drafter, bool) else session.drafter
             session.draft(self._embed, min(room, max_cache_length), model)
         session._is_user_defined = True  # type: ignore[attr-defined]  # what transformers marks its caches with
 
     def get_input_embeddings(self) -> Any:
         return self.embeddings.word_embeddings
+
+    def get_output_embeddings(self) -> Any:
+        return self.head.lm_head
 
 
 def load(name: str, served: Sequence[ServedModel], swarm: AsyncSwarm, portal: Portal) -> DistributedBloomForCausalLM:
@@ -310,6 +412,7 @@ def load(name: str, served: Sequence[ServedModel], swarm: AsyncSwarm, portal: Po
     config = BloomConfig.from_json_file(str(config_file))
     generation_file = checkpoint.find_file("generation_config.json")
     embeddings = checkpoint.load_embeddings()
+    digests = checkpoint.block_digests_at_hand(MAX_CHECKED_BYTES)
     return DistributedBloomForCausalLM(
         config,
         embeddings=embeddings,
@@ -323,16 +426,16 @@ def load(name: str, served: Sequence[ServedModel], swarm: AsyncSwarm, portal: Po
         served=match,
         swarm=swarm,
         portal=portal,
-        accepts=_weights_check(checkpoint),
+        accepts=_weights_check(digests),
+        weights=None if digests is None else span_digest(digests),
     )
 
 
-def _weights_check(checkpoint: Checkpoint) -> Callable[[NodeAnnouncement], bool]:
+def _weights_check(digests: Sequence[str] | None) -> Callable[[NodeAnnouncement], bool]:
     """Whether a node announces the weights that the files here hold, where all files are here to tell.
 
     The model's digest says which tensors there are, the weights' digest what is in them.
     """
-    digests = checkpoint.block_digests_at_hand(MAX_CHECKED_BYTES)
     if digests is None:
         return lambda _: True
     return lambda node: node.weights == span_digest(digests[node.start : node.end])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -11,10 +12,12 @@ import torch
 
 from client.drafting.runner import DraftRunner
 from client.errors import ClientError, InvalidInput, SwarmClosed
+from client.models.saved import ModelMark, SavedSession
 from client.portal import Portal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
+    from os import PathLike
 
     from client.drafting.base import Drafter
     from client.forms import HopTraffic
@@ -31,14 +34,106 @@ class SessionCache:
 
     is_compileable = False
 
-    def __init__(self, session: Session, portal: Portal) -> None:
-        self._session = session
+    def __init__(self, make: Callable[[], Awaitable[Session]], portal: Portal, mark: ModelMark) -> None:
+        """Make a session.
+
+        Args:
+            make: how, and how its forks are made.
+            portal: to where it lives.
+            mark: of its model.
+        """
+        self._make = make
+        self._session = portal.call(make)
         self._portal = portal
+        self._mark = mark
         self._closed = False
         self.drafter: Drafter | bool | None = None
         self._order: torch.Tensor | None = None  # [b], of rows, before the next step
         self._runner: DraftRunner | None = None
         self._ids: torch.Tensor | None = None  # [b, t] of what was computed; at least ``position`` long
+        self._told: torch.Tensor | None = None  # [b, t] of what ``generate`` gave beyond that
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """All tokens of its rows as they are now; after ``generate`` with the last one, which nodes have not got yet.
+
+        Shapes:
+            returns: [b, t], int64; [0, 0] before the first step
+        """
+        if self._ids is None:
+            return torch.empty(0, 0, dtype=torch.int64)
+        had = self._ids[:, : self.position]
+        return had.clone() if self._told is None else torch.cat([had, self._told], dim=1)
+
+    def note(self, sequences: torch.Tensor) -> None:
+        """Take what ``generate`` gave, where these are the session's rows.
+
+        Shapes:
+            sequences: [b, t]
+        """
+        had = None if self._ids is None else self._ids[:, : self.position]
+        if had is not None and sequences.shape[0] == had.shape[0] and sequences.shape[1] >= had.shape[1]:
+            self._told = (
+                sequences[:, had.shape[1] :].clone() if torch.equal(sequences[:, : had.shape[1]], had) else None
+            )
+
+    def fork(self) -> SessionCache:
+        """Another session with the same tokens, which goes its own way: nothing is taken from this one.
+
+        Its nodes get the tokens again with its first step; those that have this session share with it what they can.
+
+        Raises:
+            ClientError: the session or the swarm is closed.
+        """
+        self._check_open()
+        other = SessionCache(self._make, self._portal, self._mark)
+        other._ids, other._order, other._told = self._ids, self._order, self._told
+        position = self.position
+
+        async def copy() -> None:
+            other._session.take_history(self._session, position)
+
+        self._portal.call(copy)
+        return other
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Save its history, for ``model.load_session`` in this process or another: token ids and padding.
+
+        What nodes hold is not saved, nor the state of random numbers: whoever samples keeps that. The file is replaced
+        at once, and readable to its owner alone.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            InvalidInput: the session has no tokens, or too many for a file.
+            OSError: the file cannot be written.
+        """
+        if self._ids is None:
+            raise InvalidInput("the session has no tokens that could be saved")
+        saved = SavedSession(mark=self._mark, ids=self.ids.tolist(), position=self.position, pads=self.pads)
+        saved.write(Path(path))
+
+    def restore(self, saved: SavedSession, embed: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Begin with what was saved, with this model.
+
+        Args:
+            saved: the history.
+            embed: hidden states [b, t, d] before the first block, of tokens [b, t].
+
+        Raises:
+            InvalidInput: the session has begun.
+        """
+        ids = torch.tensor(saved.ids)  # [b, t]
+        if not saved.position:
+            return
+        hidden = embed(ids[:, : saved.position])
+
+        async def take() -> None:
+            self._session.restore(hidden, saved.pads)
+
+        self._portal.call(take)
+        self._ids, self._told = ids, ids[:, saved.position :]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens whose keys and values the nodes hold (the name is transformers')."""
@@ -52,10 +147,21 @@ class SessionCache:
     @position.setter
     def position(self, position: int) -> None:
         self._portal.call(self._roll_back, position)
+        self._told = None
 
-    def crop(self, max_length: int) -> None:
-        """Forget all but the first ``max_length`` tokens; below 0, that many at the end (transformers' name)."""
-        self.position = max_length if max_length >= 0 else self.position + max_length
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget that many tokens at the end, as a number below 0; none for 0 (name and sign are transformers').
+
+        Raises:
+            InvalidInput: a number above 0, or more tokens than there are.
+        """
+        if tokens_to_remove > 0:
+            raise InvalidInput(f"crop({tokens_to_remove}): give how many tokens to take away as a number below 0")
+        if tokens_to_remove:
+            self.position += tokens_to_remove
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do: a session can always go back (transformers' name)."""
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row ``i`` goes on from what row ``beam_idx[i]`` has (transformers' name).
@@ -64,6 +170,7 @@ class SessionCache:
             beam_idx: [b]
         """
         order = beam_idx.cpu()
+        self._told = None
         self._order = order if self._order is None else self._order[order]
         if self._ids is not None:
             self._ids = self._ids[order]
@@ -144,37 +251,44 @@ class SessionCache:
 
     def keep_prefix(self, ids: torch.Tensor) -> None:
         """Go back to where ``ids`` and the session's tokens part, and at least before the last of ``ids``, whose
-        logits are wanted.
+        logits are wanted. Each row stands for as many as the session has more of them.
 
         Shapes:
             ids: [b, t]
         """
-        shared = min(self.position, ids.shape[1] - 1)
-        if self._ids is None or self._ids.shape[0] != ids.shape[0]:
+        if self._ids is None or self._ids.shape[0] % ids.shape[0]:
             return  # nothing yet, or another number of rows, which the session refuses itself
+        shared = min(self.position, ids.shape[1] - 1)
+        ids = ids.repeat_interleave(self._ids.shape[0] // ids.shape[0], dim=0)  # as beams are
         same = (self._ids[:, :shared] == ids[:, :shared]).all(dim=0)  # [shared]
         self.position = shared if bool(same.all()) else int(same.int().argmin())
 
-    def step(self, hidden: torch.Tensor, ids: torch.Tensor, keep: int | None = None) -> torch.Tensor:
+    def step(
+        self, hidden: torch.Tensor, ids: torch.Tensor, keep: int | None = None, *, every_block: bool = False
+    ) -> torch.Tensor:
         """All blocks on the next tokens.
 
         Args:
             hidden: before the first block.
             ids: the tokens.
             keep: of how many, at the end, results are wanted; all by default.
+            every_block: return what each of ``n`` blocks gives, for all tokens; nothing is drafted any more.
 
         Shapes:
             hidden: [b, t, d]
             ids: [b, t], of which these are the embeddings
-            returns: [b, t or keep, d]
+            returns: [b, t or keep, d]; [n, b, t, d] with ``every_block``
 
         Raises: as ``Session.step``.
         """
         self._check_open()
+        self._told = None
         before = self.position
+        if every_block:
+            self.stop_drafting()
         if self._runner is None:
             order = None if self._order is None else self._order.tolist()
-            output = self._portal.call(partial(self._session.step, hidden, order, keep=keep))
+            output = self._portal.call(partial(self._session.step, hidden, order, keep=keep, every_block=every_block))
             self._order = None
         else:
             output = self._portal.call(self._runner.step, ids[0].tolist(), before)

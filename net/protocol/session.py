@@ -7,7 +7,7 @@ and its fields, or ``"e"`` (a code), ``"why"`` and perhaps ``"retry_after_s"``.
                                                                          -> {"cache_tokens_left", "token", "form"?}
     resume {"token"}                                                     -> {}
     link   {"peer", "addresses", "token", "codecs"?}                     -> {}
-    step   {"position", "push", "keep", "order"?} + hidden               -> {} + hidden of the last ``keep`` tokens
+    step   {"position", "push", "keep", "order"?, "every"?} + hidden     -> {} + hidden of the last ``keep`` tokens
     resend {"position", "end", "push", "keep"}                           -> the same
     where  {"of"}                                                        -> {"state"}
     sent   {}                                                            -> {"form", "tokens", "bytes", "error"?}
@@ -18,6 +18,9 @@ be handed on waits a little for the next node to be reached.
 ``position`` is where a step's first token stands. One that lies before the session's length sets it back: what was
 there is forgotten. A stream that broke, rather than ended, leaves the session for a while: the same peer may
 ``resume`` it on another stream, and so may it while the first one is still there, which then has it no longer.
+
+A step with ``every`` is answered with what each of the session's blocks gives, one after another along the rows: the
+last ``batch`` rows are what it gives without. It is not handed on (``push`` is 0), and its answer fits into a message.
 
 **Push.** After ``link``, a node hands results straight to the next one, on a stream of ``/raceme/push/1``, as many
 times as ``push`` says; the last one answers the client, with the number of the client's question, on the stream that
@@ -209,6 +212,7 @@ class Step:
         push: How many more nodes it is handed on to.
         keep: How many tokens' results the last one answers with, at the end; 0 for none.
         order: For beam search: the row that each row was before.
+        every: Whether results of every block are wanted.
     """
 
     id: int
@@ -216,11 +220,14 @@ class Step:
     push: int = 0
     keep: int = MAX_LENGTH
     order: tuple[int, ...] | None = None
+    every: bool = False
 
     def to_fields(self) -> dict[str, Any]:
         fields: dict[str, Any] = {"id": self.id, "position": self.position, "push": self.push, "keep": self.keep}
         if self.order is not None:
             fields["order"] = list(self.order)
+        if self.every:
+            fields["every"] = True
         return fields
 
     @classmethod
@@ -232,13 +239,17 @@ class Step:
         if "order" in fields:
             rows = packing.field(fields, "order", list, max_length=MAX_BATCH)
             order = _integers(fields, "order", len(rows), MAX_BATCH)
-        return cls(
+        step = cls(
             id=read_id(fields),
             position=packing.integer(fields, "position", 0, MAX_LENGTH),
             push=packing.integer(fields, "push", 0, MAX_HOPS),
             keep=packing.integer(fields, "keep", 0, MAX_LENGTH),
             order=order,
+            every=packing.field(fields, "every", bool) if "every" in fields else False,
         )
+        if step.every and step.push:
+            raise RemoteProtocolError("results of every block are not handed on")
+        return step
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -283,6 +283,43 @@ def test_generate_streams_what_transformers_gives(
     assert capsys.readouterr() == (text + "\n", "")
 
 
+def test_generate_goes_on_where_a_session_left_off(
+    relay: str,
+    nodes: list[dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    failing: Raceme,
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(find_checkpoint("bloom-tiny").file("config.json").parent)
+    expected = tiny_tokens(PROMPT, 24)
+    file = tmp_path / "story"
+    common = ("generate", "--bootstrap", relay, "--model", "bloom-tiny", "--max-new-tokens", "12")
+    session = ("--session", str(file))
+    assert "the prompt is empty" in failing(*common, "", *session)
+    assert run(tmp_path, *common, "--json", PROMPT, *session).json["ids"] == expected[:-12]
+    saved = file.read_bytes()
+    as_json = run(tmp_path, *common, "--json", "", *session)
+    assert (as_json.status, as_json.errors) == (0, "")
+    assert as_json.json["ids"] == expected
+    assert as_json.json["new_tokens"] == 12
+
+    file.write_bytes(saved)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        client.cli.main((*common, "", *session))
+    assert caught.value.code == 0
+    text, before = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (expected, expected[:-12]))
+    assert capsys.readouterr() == (text.removeprefix(before) + "\n", "")
+
+    file.write_text("{}")
+    assert "holds no session that can be taken up" in failing(*common, "", *session)
+    assert f"cannot read {tmp_path}: Is a directory" in failing(*common, "", "--session", str(tmp_path))
+    assert "no folder that can be written to" in failing(*common, "x", "--session", str(tmp_path / "nowhere" / "x"))
+    assert file.read_text() == "{}"
+
+
 def test_demo_for_programs(tmp_path: Path) -> None:
     outcome = run(tmp_path, "demo", "--json", "--max-new-tokens", "16")
     assert outcome.status == 0, outcome.errors

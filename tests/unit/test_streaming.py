@@ -56,3 +56,13 @@ def test_special_tokens_are_not_printed(tokenizer: Any) -> None:
     printer.put(torch.tensor([*tokenizer("yes").input_ids, tokenizer.eos_token_id]))
     printer.end()
     assert out.getvalue() == "yes\n"
+
+
+def test_what_is_known_already_is_not_printed(tokenizer: Any) -> None:
+    out = io.StringIO()
+    ids = tokenizer(TEXT).input_ids
+    before = len(tokenizer("In").input_ids)
+    printer = TextPrinter(tokenizer, out, skip=before)
+    printer.put(torch.tensor([ids]))
+    printer.end()
+    assert out.getvalue() == TEXT.removeprefix(tokenizer.decode(ids[:before])) + "\n"
