@@ -25,7 +25,13 @@ class Swarm:
     """Made by ``client.connect``, which says what it takes. Any thread may use it."""
 
     def __init__(
-        self, bootstrap: str | Sequence[str], *, timeout_s: float, swarm_key: str | PathLike[str] | None = None
+        self,
+        bootstrap: str | Sequence[str],
+        *,
+        timeout_s: float,
+        swarm_key: str | PathLike[str] | None = None,
+        home: str | PathLike[str] | None = None,
+        remember: bool = True,
     ) -> None:
         refuse_in_trio()
         self._closed = False
@@ -38,7 +44,9 @@ class Swarm:
             if self._closed:
                 return
             with self._scope:
-                async with open_swarm(bootstrap, timeout_s=timeout_s, swarm_key=swarm_key) as swarm:
+                async with open_swarm(
+                    bootstrap, timeout_s=timeout_s, swarm_key=swarm_key, home=home, remember=remember
+                ) as swarm:
                     ready.put((swarm, Portal(self._token)))
                     await trio.sleep_forever()
 

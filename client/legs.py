@@ -121,6 +121,11 @@ class Leg:
         self._attempt = trio.CancelScope()  # at reaching a node that is lost
         self._scope = trio.CancelScope()
 
+    @property
+    def round_trip_s(self) -> float | None:
+        """To the node and back, as its connection measures it; ``None`` until it has."""
+        return None if self._connection is None else self._connection.mux.round_trip_s
+
     async def run(self, request: wire.Open) -> None:
         """Open the session, and keep it until :meth:`end` or the node's failure.
 

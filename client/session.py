@@ -18,6 +18,7 @@ from client import session_core as core
 from client.errors import ClientError, InvalidInput, MissingBlocks, UnknownModel
 from client.journal import DECODE_TOKENS, Journal
 from client.legs import FindNodes, Leg
+from client.pricing import OVERHEAD_S
 from client.routing import Hop, Measurements, Wishes, choose_chain
 from client.session_core import SessionCore
 from compute.errors import BadInput
@@ -293,8 +294,8 @@ class Session:
             self._carry_out(action, nursery)
         for peer_id, reason in session.failures:
             self._reputation.failed(peer_id, reason)
-        for peer_id in session.successes:
-            self._reputation.succeeded(peer_id)
+        for success in session.successes:
+            self._reputation.succeeded(success.peer_id, self._block_s(success))
         session.failures.clear()
         session.successes.clear()
         for report in session.reports:
@@ -310,6 +311,14 @@ class Session:
             backend = session.legs[0].hop.node.numerics.backend
             self._journal.merge = not backend.endswith("-mixing")
         self._changed.set()
+
+    def _block_s(self, success: core.Success) -> float | None:
+        """What a block took, without the way; ``None`` where that is not known."""
+        leg = self._legs.get(success.leg)
+        round_trip_s = None if leg is None else leg.round_trip_s
+        if success.seconds is None or round_trip_s is None:
+            return None
+        return max(0.0, success.seconds - round_trip_s - OVERHEAD_S) / success.blocks
 
     def _carry_out(self, action: core.Action, nursery: trio.Nursery) -> None:
         match action:

@@ -45,7 +45,7 @@ MAX_PUT_OFF: Final = 5  # times in a row
 MAX_RETRY_AFTER_S: Final = 10.0
 OPEN_PATIENCE_S: Final = 2.5  # with a node that does not open the session, where others could take its place
 SPARE_LAG: Final = 32  # tokens that a new leg may lack when it takes the old one's place
-_PRAISE_EVERY: Final = 32  # runs: whose nodes have done well
+_PRAISE_EVERY: Final = 8  # runs: whose nodes have done well
 _NEVER: Final = float("inf")
 _FROM_BEFORE: Final = frozenset({"bad-shape", "bad-dtype", "not-finite", "bad-input", "bad-value"})
 
@@ -222,6 +222,22 @@ class Failure:
     delay_s: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Success:
+    """A node did what it was asked to.
+
+    Attributes:
+        leg: Which.
+        seconds: From asking to the answer, way included, where that says how fast this node is: for a step of one token
+            that went through it alone, while nothing else of the session was under way. Else ``None``.
+    """
+
+    leg: int
+    peer_id: PeerId
+    blocks: int
+    seconds: float | None
+
+
 @dataclass(kw_only=True, eq=False)
 class _Run:
     """A piece on its way.
@@ -230,6 +246,7 @@ class _Run:
         legs: Those that compute it, in order; none if it is only fetched from ``source``.
         source: Who has its hidden states already and hands them on; ``None`` for the client.
         keep: How many tokens' results, at its end, are wanted here.
+        is_alone: Whether nothing else was under way when it was sent.
     """
 
     number: int
@@ -239,6 +256,7 @@ class _Run:
     source: LegState | None
     keep: int
     asked_at: float
+    is_alone: bool
 
     @property
     def asked(self) -> LegState:
@@ -249,6 +267,11 @@ class _Run:
     def last(self) -> LegState:
         """Who answers it."""
         return self.legs[-1] if self.legs else self.asked
+
+    @property
+    def is_lone_step(self) -> bool:
+        """Whether it is one token through one node, from the client and back."""
+        return self.end - self.position == 1 and self.source is None and len(self.legs) == 1
 
     @property
     def through(self) -> list[LegState]:
@@ -291,7 +314,7 @@ class SessionCore:
         self.numerics: Numerics | None = None
         self.reports: list[str] = []
         self.failures: list[tuple[PeerId, str]] = []
-        self.successes: list[PeerId] = []
+        self.successes: list[Success] = []
         self.failed_peers: dict[PeerId, Failure] = {}  # until they do a step
         self.mixed = False  # whether another class of numerics may be taken where none of the same is left
         self._journal = journal
@@ -529,7 +552,9 @@ class SessionCore:
             each.tokens = max(each.tokens, run.end)
             each.put_off = each.resets = 0
             if self.failed_peers.pop(each.peer_id, None) is not None or run.number % _PRAISE_EVERY == 0:
-                self.successes.append(each.peer_id)
+                seconds = now - run.asked_at if run.is_alone and run.is_lone_step else None
+                blocks = each.hop.end - each.hop.start
+                self.successes.append(Success(leg=each.key, peer_id=each.peer_id, blocks=blocks, seconds=seconds))
         if is_last and run.source is None and run.end - run.position == 1 and leg is self.legs[-1]:
             self._note_seconds(now - run.asked_at)
         if not is_last:  # those behind it lack this piece, and all that comes after
@@ -933,7 +958,14 @@ class SessionCore:
         if not self._runs:
             self._moved_at = now
         self._runs[number] = _Run(
-            number=number, position=position, end=end, legs=legs, source=source, keep=keep, asked_at=now
+            number=number,
+            position=position,
+            end=end,
+            legs=legs,
+            source=source,
+            keep=keep,
+            asked_at=now,
+            is_alone=not self._runs,
         )
         return number
 

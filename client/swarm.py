@@ -15,7 +15,7 @@ import trio
 from client.directory import Directory
 from client.errors import InvalidInput, UnknownModel
 from client.routing import runs_without
-from net import addresses, errors
+from net import addresses, console, errors
 from net.dht import keys
 from net.dht.service import Dht
 from net.host import Host, open_host
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from client.session import Session
 
 PROBE_S = 2.0
+REPUTATION_FILE = "reputation.json"  # in the folder where keys are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,16 +78,18 @@ class Peer:
 class AsyncSwarm:
     """Made by ``open_swarm``; all methods belong to its event loop."""
 
-    def __init__(self, host: Host, dht: Dht, nursery: trio.Nursery) -> None:
+    def __init__(self, host: Host, dht: Dht, nursery: trio.Nursery, reputation: Reputation | None = None) -> None:
         """Take what is running.
 
         Args:
             host: dials.
             dht: finds.
             nursery: in which sessions live.
+            reputation: what is known of nodes; whoever gives it keeps it. By default one that begins empty and is
+                forgotten.
         """
         self.host = host
-        self.reputation = Reputation(None, trio.current_time)
+        self.reputation = Reputation(None, trio.current_time) if reputation is None else reputation
         self._nursery = nursery
         self._directory = Directory(self._look_up, nursery)
         self._dht = dht
@@ -192,13 +195,20 @@ class AsyncSwarm:
 
 @asynccontextmanager
 async def open_swarm(
-    bootstrap: str | Sequence[str], *, timeout_s: float = 10.0, swarm_key: str | PathLike[str] | None = None
+    bootstrap: str | Sequence[str],
+    *,
+    timeout_s: float = 10.0,
+    swarm_key: str | PathLike[str] | None = None,
+    home: str | PathLike[str] | None = None,
+    remember: bool = True,
 ) -> AsyncIterator[AsyncSwarm]:
     """See ``client.open_swarm``."""
     texts = _spelled(bootstrap)
     _check_timeout(timeout_s)
     peers = [addresses.parse_peer(text) for text in texts]
     key = None if swarm_key is None else SwarmKey.load(Path(swarm_key))
+    kept_at = _reputation_path(home, remember)
+    reputation = await trio.to_thread.run_sync(Reputation, kept_at)  # reads it
     async with open_host(Identity.generate(), swarm_key=key) as host, open_service_nursery() as nursery:
         dht = Dht(host, server=False)
         with trio.move_on_after(timeout_s) as scope:
@@ -207,7 +217,8 @@ async def open_swarm(
             raise errors.DialError(f"no node of the swarm answered within {timeout_s:g} s at {', '.join(texts)}")
         await nursery.start(dht.run)
         await nursery.start(partial(run_presence, host, dht, bootstrap=peers, is_server=False))
-        yield AsyncSwarm(host, dht, nursery)
+        await nursery.start(reputation.run)
+        yield AsyncSwarm(host, dht, nursery, reputation)
         nursery.cancel_scope.cancel()
 
 
@@ -227,6 +238,19 @@ def _spelled(bootstrap: object) -> list[str]:
     if not found:
         raise errors.AddressError("no address to start from")
     return found
+
+
+def _reputation_path(home: object, remember: object) -> Path | None:
+    """Raises:
+    TypeError: no path, or no truth value.
+    """
+    if not isinstance(home, str | PathLike | None):
+        raise TypeError(f"home is the path of a folder, not {type(home).__name__}")
+    if not isinstance(remember, bool):
+        raise TypeError(f"remember is True or False, not {type(remember).__name__}")
+    if not remember:
+        return None
+    return (console.data_folder() if home is None else Path(home)) / REPUTATION_FILE
 
 
 def _check_timeout(timeout_s: object) -> None:

@@ -65,3 +65,22 @@ def test_nobody_to_go_on_with() -> None:
     error = world.run_until_done()
     assert isinstance(error, MissingBlocks)
     assert world.now < 1.0
+
+
+def seconds_of_steps(*, push: bool) -> list[float | None]:
+    world = World(3, spans=[(0, 2), (2, 4)], push=push)
+    for count in (3, *[1] * 40):
+        position = world.journal.end
+        world.journal.add([[1]] * count)
+        world.core.want(position)
+        assert world.run_until_done() is None
+        world.core.took(world.journal.end)
+    assert {success.peer_id for success in world.core.successes} == {node.offer.peer_id for node in world.nodes}
+    return [success.seconds for success in world.core.successes]
+
+
+def test_what_a_step_says_of_one_node() -> None:
+    found = seconds_of_steps(push=False)
+    assert all(seconds is not None and 0 < seconds < 1 for seconds in found)
+    together = seconds_of_steps(push=True)  # what several nodes took says nothing about one of them
+    assert None in together
