@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import torch
 import trio
@@ -18,7 +19,8 @@ from client import session_core as core
 from client.errors import ClientError, InvalidInput, MissingBlocks, UnknownModel
 from client.journal import DECODE_TOKENS, Journal
 from client.legs import FindNodes, Leg
-from client.pricing import OVERHEAD_S
+from client.nearness import Nearness
+from client.pricing import NOTHING_MEASURED, OVERHEAD_S, step_s
 from client.routing import Hop, Measurements, Wishes, choose_chain
 from client.session_core import SessionCore
 from compute.errors import BadInput
@@ -34,6 +36,9 @@ from net.rpc.framing import MAX_FRAME_BYTES, MAX_HEADER_BYTES, Message, Tensor
 
 logger = logging.getLogger(__name__)
 
+UNHINDERED = 0.25  # of a node's steps: these have hardly waited for others'
+TOO_SLOW, TOO_SLOW_S = 2.0, 0.005  # times what a node announces, and so much more for all of its blocks: it is believed
+# no longer, but what was measured
 CHUNK_TOKENS = 256  # of all rows: nodes compute prompts in such chunks, so pieces of that size lose nothing
 
 
@@ -44,6 +49,7 @@ class Session:
         max_length: how many tokens it can get; known once there is a chain.
         position: tokens so far. ``rollback`` sets it back.
         pads: with how many tokens of padding each row begins; set it before the first step.
+        expected: how many tokens it will probably come to have; 0 if nobody has said.
     """
 
     def __init__(
@@ -54,6 +60,7 @@ class Session:
         reputation: Reputation,
         *,
         max_length: int | None = None,
+        nearness: Nearness | None = None,
     ) -> None:
         """Begin without a chain.
 
@@ -63,6 +70,7 @@ class Session:
             nursery: in which the session lives, from its first use until ``aclose``.
             reputation: what is known of nodes; it learns from what happens here.
             max_length: tokens to make room for; as many as the nodes allow by default.
+            nearness: knows how far nodes are; by default all count as equally far.
 
         Raises:
             TypeError, InvalidInput: ``max_length`` is no whole number, or not above 0.
@@ -76,6 +84,7 @@ class Session:
         self._parent = nursery
         self._reputation = reputation
         self._requested_length = max_length
+        self._nearness = nearness
         self._journal = Journal()
         self._order: tuple[int, ...] = ()
         self._width = 0  # of hidden states
@@ -91,6 +100,7 @@ class Session:
         self.pads: tuple[int, ...] | None = None
         self.max_length = max_length or 0
         self.position = 0
+        self.expected = 0
 
     @property
     def chain(self) -> list[Hop]:
@@ -381,6 +391,8 @@ class Session:
             return
         if isinstance(found, list):
             session.nodes_found(found, trio.current_time())
+            if self._nearness is not None:
+                self._nearness.look_at(self._usable(found))
         else:
             session.nodes_missing(found, trio.current_time())
         self._go_on()
@@ -397,13 +409,44 @@ class Session:
         after: NodeAnnouncement | None,
     ) -> list[Hop]:
         """The best hops there are, of nodes that have not failed others lately if there are enough of these."""
-        wishes = Wishes(start=start, end=end, numerics=numerics, before=before, after=after)
-        peers = [node.peer_id for node in nodes]
-        measured = Measurements(failure_chance={peer: self._reputation.failure_chance(peer) for peer in peers})
+        wishes = replace(self._wishes(), start=start, end=end, numerics=numerics, before=before, after=after)
+        measured = self._measured(nodes)
         if avoided := self._reputation.avoided():
             with suppress(MissingBlocks):
                 return choose_chain(nodes, avoid={**avoided, **avoid}, wishes=wishes, measured=measured)
         return choose_chain(nodes, avoid=avoid, wishes=wishes, measured=measured)
+
+    def _wishes(self) -> Wishes:
+        """What chains are wanted for."""
+        tokens = max(self._journal.end, self._requested_length or self.expected)
+        return Wishes(cache_tokens=(self.batch or 1) * tokens)
+
+    def _usable(self, nodes: Sequence[NodeAnnouncement]) -> list[NodeAnnouncement]:
+        """Those that a chain may come to have."""
+        avoided = self._reputation.avoided()
+        return [node for node in nodes if node.peer_id not in avoided]
+
+    def _measured(self, nodes: Sequence[NodeAnnouncement]) -> Measurements:
+        """What we know of nodes ourselves."""
+        peers = {node.peer_id for node in nodes}
+        slow = {node.peer_id: seconds for node in nodes if (seconds := self._slower_s(node)) is not None}
+        return Measurements(
+            round_trips={} if self._nearness is None else self._nearness.round_trips(peers),
+            step_s=slow,
+            failure_chance={peer: self._reputation.failure_chance(peer) for peer in peers},
+            relayed={} if self._nearness is None else self._nearness.relayed(peers),
+        )
+
+    def _slower_s(self, node: NodeAnnouncement) -> float | None:
+        """What a block has taken there for us, where that is far more than the node announces. What is measured from
+        here is never as exact as what is measured there, and must not speak for nodes that we do not know.
+        """
+        seconds = self._reputation.latency_s(node.peer_id, UNHINDERED)
+        if seconds is None:
+            return None
+        announced = step_s(node, NOTHING_MEASURED)
+        excess_s = (seconds - announced) * (node.end - node.start)
+        return seconds if seconds > TOO_SLOW * announced and excess_s > TOO_SLOW_S else None
 
     # What happens to legs
 

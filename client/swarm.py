@@ -14,6 +14,7 @@ import trio
 
 from client.directory import Directory
 from client.errors import InvalidInput, UnknownModel
+from client.nearness import Nearness
 from client.routing import runs_without
 from net import addresses, console, errors
 from net.dht import keys
@@ -91,6 +92,7 @@ class AsyncSwarm:
         self.host = host
         self.reputation = Reputation(None, trio.current_time) if reputation is None else reputation
         self._nursery = nursery
+        self._nearness = Nearness(host, nursery)
         self._directory = Directory(self._look_up, nursery)
         self._dht = dht
         self._token = trio.lowlevel.current_trio_token()
@@ -161,7 +163,7 @@ class AsyncSwarm:
                 )
             return accepted
 
-        return Session(self.host, find, self._nursery, self.reputation, max_length=max_length)
+        return Session(self.host, find, self._nursery, self.reputation, max_length=max_length, nearness=self._nearness)
 
     async def model(self, name: str) -> DistributedBloomForCausalLM:
         """A model of the swarm. Its methods block: call them with ``trio.to_thread.run_sync``.

@@ -126,6 +126,7 @@ class SessionCache:
             Others: as ``Session.prepare``.
         """
         self._check_open()
+        self._session.expected = tokens
         self._portal.call(self._session.prepare, batch)
         room = self._session.max_length
         if tokens > room:
