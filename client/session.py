@@ -8,6 +8,8 @@ the same numerics give the same bits. A node that is only lost from sight is fou
 from __future__ import annotations
 
 import logging
+import math
+import random
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -21,7 +23,7 @@ from client.journal import DECODE_TOKENS, Journal
 from client.legs import FindNodes, Leg
 from client.nearness import Nearness
 from client.pricing import NOTHING_MEASURED, OVERHEAD_S, step_s
-from client.routing import Hop, Measurements, Wishes, choose_chain
+from client.routing import Hop, Measurements, Wishes, better_chain, choose_chain, seconds_per_token
 from client.session_core import SessionCore
 from compute.errors import BadInput
 from compute.tensors import from_wire, to_wire
@@ -36,6 +38,10 @@ from net.rpc.framing import MAX_FRAME_BYTES, MAX_HEADER_BYTES, Message, Tensor
 
 logger = logging.getLogger(__name__)
 
+BETTER_EVERY_S = 20.0, 30.0  # between looks whether other nodes have become better, at random
+LEAST_GAIN_S = 0.005  # for each token: round trips on one network differ by as much from one moment to the next
+REOPEN_S = 0.5  # what it costs to open a session elsewhere, beside what it takes to compute again what there was:
+PROMPT_SPEEDUP = 10.0  # a tenth of what it took token by token
 UNHINDERED = 0.25  # of a node's steps: these have hardly waited for others'
 TOO_SLOW, TOO_SLOW_S = 2.0, 0.005  # times what a node announces, and so much more for all of its blocks: it is believed
 # no longer, but what was measured
@@ -249,7 +255,12 @@ class Session:
     async def _awake(self) -> SessionCore:
         """The core, with a task that looks after it."""
         if self._core is None:
-            self._core = SessionCore(self._journal, self._choose)
+            self._core = SessionCore(
+                self._journal,
+                self._choose,
+                better=self._find_better,
+                better_every_s=lambda: random.uniform(*BETTER_EVERY_S),
+            )
             self._scope, self._ended, self._bug = trio.CancelScope(), trio.Event(), None
             self._nursery = await self._parent.start(self._run)
         return self._core
@@ -415,6 +426,37 @@ class Session:
             with suppress(MissingBlocks):
                 return choose_chain(nodes, avoid={**avoided, **avoid}, wishes=wishes, measured=measured)
         return choose_chain(nodes, avoid=avoid, wishes=wishes, measured=measured)
+
+    def _find_better(
+        self, nodes: Sequence[NodeAnnouncement], old: Sequence[Hop], *, avoid: Mapping[PeerId, str]
+    ) -> list[Hop] | None:
+        """Hops that are worth moving to, of nodes that have room for what the session is going to need."""
+        wishes, own = self._wishes(), {hop.node.peer_id for hop in old}
+        roomy = [
+            node
+            for node in nodes
+            if node.peer_id in own
+            or (node.max_length >= self.max_length and node.cache_tokens_left >= wishes.cache_tokens)
+        ]
+        measured = self._measured(nodes)
+        # What we have computed there ourselves is a part of what waits there, on average.
+        others = {node.peer_id: max(0.0, node.waiting - 1.0) for node in nodes if node.peer_id in own}
+        measured = replace(measured, waiting=others)
+        token_s = seconds_per_token(old, measured=measured)
+        left = self.expected - self._journal.end
+        wishes = replace(
+            wishes,
+            cache_tokens=0,  # the nodes in use have it already
+            tokens_left=float(left) if left > 0 else wishes.tokens_left,
+            replay_s=REOPEN_S + self._journal.end * token_s / PROMPT_SPEEDUP,
+        )
+        avoided = {**self._reputation.avoided(), **avoid}
+        found = better_chain(roomy, old, avoid=avoided, wishes=wishes, measured=measured)
+        better_s = math.inf if found is None else seconds_per_token(found, measured=measured)
+        if found is None or token_s - better_s < LEAST_GAIN_S:
+            return None
+        logger.info("moves to other nodes: %.0f ms for a token instead of %.0f", 1000 * better_s, 1000 * token_s)
+        return found
 
     def _wishes(self) -> Wishes:
         """What chains are wanted for."""

@@ -17,7 +17,7 @@ Drive it with events, and carry out what :meth:`SessionCore.advance` returns.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -44,6 +44,8 @@ RELINK_S: Final = 20.0  # before nodes that could not reach each other try again
 MAX_PUT_OFF: Final = 5  # times in a row
 MAX_RETRY_AFTER_S: Final = 10.0
 OPEN_PATIENCE_S: Final = 2.5  # with a node that does not open the session, where others could take its place
+CURRENT_S: Final = 5.0  # for which what was found may be compared with the chain in use
+MAX_SETTLED: Final = 10  # times as seldom as at first is looked for better chains, once that many moves have been made
 SPARE_LAG: Final = 32  # tokens that a new leg may lack when it takes the old one's place
 _PRAISE_EVERY: Final = 8  # runs: whose nodes have done well
 _NEVER: Final = float("inf")
@@ -167,6 +169,17 @@ class Choose(Protocol):
 
         Raises:
             MissingBlocks: There are none.
+        """
+
+
+class Better(Protocol):
+    """How a chain is found that is worth moving to."""
+
+    def __call__(
+        self, nodes: Sequence[NodeAnnouncement], old: Sequence[Hop], *, avoid: Mapping[PeerId, str]
+    ) -> list[Hop] | None:
+        """Hops over the same blocks as ``old``, in the same numerics, that are clearly better; ``None`` if there are
+        none.
         """
 
 
@@ -300,13 +313,23 @@ class SessionCore:
         failures: Who has failed, and how; successes: who has done well again since. Taken by the driver.
     """
 
-    def __init__(self, journal: JournalView, choose: Choose, *, push: bool = True) -> None:
+    def __init__(
+        self,
+        journal: JournalView,
+        choose: Choose,
+        *,
+        push: bool = True,
+        better: Better | None = None,
+        better_every_s: Callable[[], float] = lambda: _NEVER,
+    ) -> None:
         """Begin without a chain.
 
         Args:
             journal: What is to be computed; it changes only between events.
             choose: Gives hops over some blocks.
             push: Whether nodes hand on to each other.
+            better: Gives hops to move to while the session is at work; ``None`` to stay with those that do.
+            better_every_s: For how long not to look for such hops; asked anew each time.
         """
         self.legs: list[LegState] = []
         self.error: Exception | None = None
@@ -322,7 +345,13 @@ class SessionCore:
         self._choose = choose
         self._push = push
         self._spares: list[LegState] = []
-        self._spares_for: LegState | None = None
+        self._spares_for: list[LegState] = []  # neighbours, in order
+        self._for_gain = False  # whether the spares are better, and nothing is the matter with those that they replace
+        self._better = better
+        self._better_every_s = better_every_s
+        self._better_at: float | None = None  # when to look next
+        self._gains = 0  # moves to better hops
+        self._found_at = -_NEVER
         self._actions: list[Action] = []
         self._runs: dict[int, _Run] = {}
         self._passing: dict[tuple[int, int], tuple[int, Any]] = {}  # by block and position: end and hidden states
@@ -402,7 +431,7 @@ class SessionCore:
     def close(self) -> list[Action]:
         """Let everything go."""
         self._actions.extend(Close(leg=leg.key) for leg in (*self.legs, *self._spares))
-        self.legs, self._spares, self._spares_for = [], [], None
+        self.legs, self._spares, self._spares_for = [], [], []
         self.stop()
         return self._take_actions()
 
@@ -432,11 +461,15 @@ class SessionCore:
         """Who serves the model."""
         self._looking = False
         self._nodes = self._known = list(nodes)
+        self._found_at = now
         self._n_blocks = nodes[0].blocks
 
     def nodes_missing(self, error: ClientError | NetError, now: float) -> None:
         """Nobody does, or nobody can be asked."""
         self._looking = False
+        if self.ready:  # there is a chain, and what was looked for would have been a better one
+            self._look_at = now + LOOK_S
+            return
         self._no_chain(error, now)
 
     def opened(self, key: int, now: float) -> None:
@@ -502,7 +535,7 @@ class SessionCore:
         for each in self.legs:
             if each.linked_to == key:
                 each.linked_to, each.relink_at = None, now
-        if leg is self._spares_for and not leg.leaving:
+        if leg in self._spares_for and not self._for_gain and not leg.leaving:
             self._drop_spares(now)
         if any(leg in run.through for run in self._runs.values()):
             self._give_up_runs()
@@ -616,6 +649,7 @@ class SessionCore:
         if self.ready:
             self._wants_chain = False
             self._move(now)
+            self._improve(now)
         if self.ready:
             self._link(now)
             if self._wanted_from is not None and self.error is None:
@@ -654,8 +688,8 @@ class SessionCore:
             return
         nodes, self._nodes = self._nodes, None
         if not self._journal.end and not any(leg.is_open for leg in self.legs) and self.legs:
-            for leg in list(self.legs):  # nothing is lost if another class of numerics is better now
-                self._drop(leg, now)
+            while self.legs:  # nothing is lost if another class of numerics is better now
+                self._drop(self.legs[0], now)
         try:
             chosen = [hop for start, end in self._gaps() for hop in self._choose_hops(nodes, start, end, now)]
         except (MissingBlocks, SessionFailed) as error:
@@ -754,16 +788,16 @@ class SessionCore:
         return next((leg for leg in (*self.legs, *self._spares) if leg.key == key), None)
 
     def _drop(self, leg: LegState, now: float) -> None:
-        self._actions.append(Close(leg=leg.key))
         self._give_up_runs()
         if leg in self._spares:
-            self._drop_spares(now, besides=leg)
+            self._drop_spares(now)
             return
-        if leg is self._spares_for:  # its time has come
+        if leg in self._spares_for:  # its time has come
             if all(spare.is_open for spare in self._spares):
-                self._take_spares(leg)
+                self._take_spares()
                 return
             self._drop_spares(now)
+        self._actions.append(Close(leg=leg.key))
         self.legs.remove(leg)
         for each in self.legs:
             if each.linked_to == leg.key:
@@ -1062,19 +1096,64 @@ class SessionCore:
     def _move(self, now: float) -> None:
         """Have another leg for one that is lost, or whose node is about to leave, before it has gone for good."""
         old = self._spares_for
-        if old is None:
-            going = [leg for leg in self.legs if (leg.lost or leg.leaving) and not leg.has_no_spare]
+        going = [leg for leg in self.legs if (leg.lost or leg.leaving) and not leg.has_no_spare]
+        if old and self._for_gain and any(leg not in old for leg in going):
+            self._drop_spares(now)  # somebody else needs them more
+            old = []
+        if not old:
             if going:
                 self._find_spares(min(going, key=lambda leg: not leg.lost), now)
             return
         if not all(spare.is_open for spare in self._spares):
             return
         is_fed = all(spare.tokens + SPARE_LAG >= self._journal.end for spare in self._spares)
-        if is_fed and (old.lost or not self._runs):
+        if is_fed and (any(leg.lost for leg in old) or not self._runs):
             self._give_up_runs()
-            self._take_spares(old)
+            self._gains += self._for_gain
+            self._take_spares()
         else:
             self._feed_spares(now)
+
+    def _improve(self, now: float) -> None:
+        """While the session is at work, look now and then whether other hops have become clearly better, and have them
+        opened beside the old ones. With every move it looks less often, so that nodes that are as good as each other do
+        not have it go back and forth.
+        """
+        if self._better is None or self._wanted_from is None or self._spares_for:
+            return
+        if self._better_at is None:
+            self._wait_for_better(now)
+        if self._better_at is None or now < self._better_at or any(leg.lost or leg.leaving for leg in self.legs):
+            return
+        if self._nodes is None or now > self._found_at + CURRENT_S:
+            self._look(now)
+            return
+        nodes, self._nodes = self._nodes, None
+        self._wait_for_better(now)
+        if any(leg.hop.node.numerics != self.numerics for leg in self.legs):
+            return  # it would go back to where nobody was left
+        avoid = {peer: each.reason for peer, each in self.failed_peers.items()}
+        found = self._better(nodes, [leg.hop for leg in self.legs], avoid=avoid)
+        if found is not None:
+            self._prepare_for(found, now)
+
+    def _wait_for_better(self, now: float) -> None:
+        self._better_at = now + self._better_every_s() * min(1 + self._gains, MAX_SETTLED)
+
+    def _prepare_for(self, found: Sequence[Hop], now: float) -> None:
+        """Have those hops opened that differ from the chain in use."""
+        old, new = [_place(leg.hop) for leg in self.legs], [_place(hop) for hop in found]
+        alike = 0
+        while alike < min(len(old), len(new)) and old[alike] == new[alike]:
+            alike += 1
+        behind = 0
+        while behind < min(len(old), len(new)) - alike and old[-1 - behind] == new[-1 - behind]:
+            behind += 1
+        replaced = self.legs[alike : len(old) - behind]
+        if replaced:
+            self._spares_for, self._for_gain = replaced, True
+            for hop in found[alike : len(new) - behind]:
+                self._add(hop, self._spares, now)
 
     def _find_spares(self, going: LegState, now: float) -> None:
         if self._nodes is None:
@@ -1091,13 +1170,13 @@ class SessionCore:
             self._look_at = now + 2 * LOOK_S
             return
         self._wants_fresh = False
-        self._spares_for = going
+        self._spares_for, self._for_gain = [going], False
         for hop in hops:
             self._add(hop, self._spares, now)
 
     def _feed_spares(self, now: float) -> None:
         """Bring new legs up to where the others are, beside what else is going on."""
-        index = 0 if self._spares_for is None else self.legs.index(self._spares_for)
+        index = self.legs.index(self._spares_for[0])
         for number, spare in enumerate(self._spares):
             if spare.version != self._journal.version:
                 spare.tokens = spare.sent = 0
@@ -1117,8 +1196,8 @@ class SessionCore:
                 if before.lost:
                     continue
                 if not before.keeps:  # then there is nothing better than to wait until it has gone
-                    if self._spares_for is not None:
-                        self._spares_for.has_no_spare = True
+                    for leg in self._spares_for:
+                        leg.has_no_spare = not self._for_gain
                     self._drop_spares(now)
                     return
                 if before.tokens > position and before.version == self._journal.version:
@@ -1131,21 +1210,27 @@ class SessionCore:
                 Send(leg=spare.key, run=run, position=position, end=end, push=0, keep=keep, payload=payload)
             )
 
-    def _take_spares(self, old: LegState) -> None:
-        index = self.legs.index(old)
-        self.legs[index : index + 1] = self._spares
-        self._spares, self._spares_for = [], None
-        self._actions.append(Close(leg=old.key))
+    def _take_spares(self) -> None:
+        old = self._spares_for
+        index = self.legs.index(old[0])
+        self.legs[index : index + len(old)] = self._spares
+        self._spares, self._spares_for = [], []
+        self._actions.extend(Close(leg=leg.key) for leg in old)
+        keys = {leg.key for leg in old}
         for each in self.legs:
-            if each.linked_to == old.key:
+            if each.linked_to in keys:
                 each.linked_to = None
 
-    def _drop_spares(self, now: float, besides: LegState | None = None) -> None:
-        self._actions.extend(Close(leg=spare.key) for spare in self._spares if spare is not besides)
-        self._spares, self._spares_for = [], None
+    def _drop_spares(self, now: float) -> None:
+        self._actions.extend(Close(leg=spare.key) for spare in self._spares)
+        self._spares, self._spares_for = [], []
         self._look_at = now + LOOK_S
 
     def _take_actions(self) -> list[Action]:
         self._forget_passed()
         actions, self._actions = self._actions, []
         return actions
+
+
+def _place(hop: Hop) -> tuple[PeerId, int, int]:
+    return hop.node.peer_id, hop.start, hop.end

@@ -18,7 +18,7 @@ def live(seed: int, *, fault_chance: float = 0.1, push: bool = True) -> tuple[in
     chance = random.Random(seed)
     rows = chance.choice([1, 1, 1, 2, 3])
     spans = chance.sample(ALL, chance.randint(4, len(ALL)))
-    world = World(seed, rows=rows, spans=[*spans, (0, 2), (2, 4)], push=push)
+    world = World(seed, rows=rows, spans=[*spans, (0, 2), (2, 4)], push=push, moves=seed % 3 == 0)
     errors = 0
     max_faults = chance.choice([0, 1, 2, 4, 8])
     for _ in range(chance.randint(3, 10)):
