@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import trio
 
-from client.errors import InvalidInput, MissingBlocks, UnknownModel
-from client.routing import Hop, choose_chain
+from client.errors import InvalidInput, UnknownModel
+from client.routing import Hop
 from net import errors
 from net.host import Host
 from net.mux.base import Stream
@@ -83,6 +83,9 @@ class LegEvents(Protocol):
 
     def leg_answered(self, leg: Leg, number: int, message: Message) -> None:
         """A step's answer, or what came instead of one."""
+
+    def leg_replaceable(self, leg: Leg, nodes: list[NodeAnnouncement]) -> bool:
+        """Whether others of these could take its place."""
 
     def leg_linked(self, leg: Leg, following: int, error: errors.RpcError | None) -> None:
         """Its node can hand on to another leg's, or cannot."""
@@ -424,10 +427,6 @@ class Leg:
                 self._node = next((node for node in nodes if node.peer_id == known.peer_id), known)
                 if self._node.addresses != known.addresses:
                     self._attempt.cancel()  # perhaps nobody is there any more, and no answer will come
-                try:
-                    choose_chain(nodes, avoid={self._node.peer_id: "lost"})
-                except MissingBlocks:
-                    pass
-                else:
+                if self._events.leg_replaceable(self, nodes):
                     scope.deadline = min(scope.deadline, began + PATIENCE_S)
             await trio.sleep(LOOK_S)

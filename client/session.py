@@ -18,6 +18,7 @@ import torch
 import trio
 
 from client import session_core as core
+from client.choices import NO_CHOICES, Choices
 from client.errors import ClientError, InvalidInput, MissingBlocks, UnknownModel
 from client.journal import DECODE_TOKENS, Journal
 from client.legs import FindNodes, Leg
@@ -67,6 +68,7 @@ class Session:
         *,
         max_length: int | None = None,
         nearness: Nearness | None = None,
+        choices: Choices = NO_CHOICES,
     ) -> None:
         """Begin without a chain.
 
@@ -77,6 +79,7 @@ class Session:
             reputation: what is known of nodes; it learns from what happens here.
             max_length: tokens to make room for; as many as the nodes allow by default.
             nearness: knows how far nodes are; by default all count as equally far.
+            choices: which nodes may be used, and which blocks whoever uses the session computes before and after it.
 
         Raises:
             TypeError, InvalidInput: ``max_length`` is no whole number, or not above 0.
@@ -91,6 +94,7 @@ class Session:
         self._reputation = reputation
         self._requested_length = max_length
         self._nearness = nearness
+        self._choices = choices
         self._journal = Journal()
         self._order: tuple[int, ...] = ()
         self._width = 0  # of hidden states
@@ -260,7 +264,9 @@ class Session:
                 self._choose,
                 better=self._find_better,
                 better_every_s=lambda: random.uniform(*BETTER_EVERY_S),
+                own_blocks=self._choices.local_blocks,
             )
+            self._core.mixed = self._choices.mixed_numerics
             self._scope, self._ended, self._bug = trio.CancelScope(), trio.Event(), None
             self._nursery = await self._parent.start(self._run)
         return self._core
@@ -422,10 +428,16 @@ class Session:
         """The best hops there are, of nodes that have not failed others lately if there are enough of these."""
         wishes = replace(self._wishes(), start=start, end=end, numerics=numerics, before=before, after=after)
         measured = self._measured(nodes)
-        if avoided := self._reputation.avoided():
+        avoided = self._reputation.avoided()
+        if avoided:
             with suppress(MissingBlocks):
                 return choose_chain(nodes, avoid={**avoided, **avoid}, wishes=wishes, measured=measured)
-        return choose_chain(nodes, avoid=avoid, wishes=wishes, measured=measured)
+        try:
+            return choose_chain(nodes, avoid=avoid, wishes=wishes, measured=measured)
+        except MissingBlocks:
+            if numerics is not None or not self._choices.mixed_numerics:
+                raise
+        return _mixed_chain(nodes, avoid, wishes, measured)
 
     def _find_better(
         self, nodes: Sequence[NodeAnnouncement], old: Sequence[Hop], *, avoid: Mapping[PeerId, str]
@@ -461,12 +473,12 @@ class Session:
     def _wishes(self) -> Wishes:
         """What chains are wanted for."""
         tokens = max(self._journal.end, self._requested_length or self.expected)
-        return Wishes(cache_tokens=(self.batch or 1) * tokens)
+        return replace(self._choices.to_wishes(), cache_tokens=(self.batch or 1) * tokens)
 
     def _usable(self, nodes: Sequence[NodeAnnouncement]) -> list[NodeAnnouncement]:
         """Those that a chain may come to have."""
-        avoided = self._reputation.avoided()
-        return [node for node in nodes if node.peer_id not in avoided]
+        avoided, wishes = self._reputation.avoided(), self._choices.to_wishes()
+        return [node for node in nodes if node.peer_id not in avoided and wishes.permits_peer(node.peer_id)]
 
     def _measured(self, nodes: Sequence[NodeAnnouncement]) -> Measurements:
         """What we know of nodes ourselves."""
@@ -519,6 +531,14 @@ class Session:
         with self._event(leg) as session:
             if session is not None:
                 session.lost(leg.key)
+
+    def leg_replaceable(self, leg: Leg, nodes: list[NodeAnnouncement]) -> bool:
+        wishes = replace(self._choices.to_wishes(), start=leg.hop.start, end=leg.hop.end)
+        try:
+            choose_chain(nodes, avoid={leg.hop.node.peer_id: "lost"}, wishes=wishes)
+        except MissingBlocks:
+            return False
+        return True
 
     def leg_interrupted(self, leg: Leg) -> None:
         with self._event(leg) as session:
@@ -604,3 +624,17 @@ def _gathered(outputs: Mapping[int, tuple[int, torch.Tensor]], position: int, en
             parts.append(hidden[:, position - start : end - start])
             position = stop
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _mixed_chain(
+    nodes: Sequence[NodeAnnouncement], avoid: Mapping[PeerId, str], wishes: Wishes, measured: Measurements
+) -> list[Hop]:
+    """The best hops, whatever each node computes with.
+
+    Raises:
+        MissingBlocks: there are none.
+    """
+    alike = [replace(node, numerics=nodes[0].numerics) for node in nodes]
+    own = {node.peer_id: node for node in nodes}
+    found = choose_chain(alike, avoid=avoid, wishes=replace(wishes, before=None, after=None), measured=measured)
+    return [replace(hop, node=own[hop.node.peer_id]) for hop in found]

@@ -321,6 +321,7 @@ class SessionCore:
         push: bool = True,
         better: Better | None = None,
         better_every_s: Callable[[], float] = lambda: _NEVER,
+        own_blocks: int = 0,
     ) -> None:
         """Begin without a chain.
 
@@ -330,6 +331,7 @@ class SessionCore:
             push: Whether nodes hand on to each other.
             better: Gives hops to move to while the session is at work; ``None`` to stay with those that do.
             better_every_s: For how long not to look for such hops; asked anew each time.
+            own_blocks: How many of the first blocks, and of the last ones, nobody needs to serve.
         """
         self.legs: list[LegState] = []
         self.error: Exception | None = None
@@ -341,7 +343,8 @@ class SessionCore:
         self.failed_peers: dict[PeerId, Failure] = {}  # until they do a step
         self.mixed = False  # whether another class of numerics may be taken where none of the same is left
         self._journal = journal
-        self._n_blocks = 0  # until nodes have been found
+        self._own_blocks = own_blocks
+        self._last_block = 0  # after the last one that is served; 0 until nodes have been found
         self._choose = choose
         self._push = push
         self._spares: list[LegState] = []
@@ -462,7 +465,7 @@ class SessionCore:
         self._looking = False
         self._nodes = self._known = list(nodes)
         self._found_at = now
-        self._n_blocks = nodes[0].blocks
+        self._last_block = nodes[0].blocks - self._own_blocks
 
     def nodes_missing(self, error: ClientError | NetError, now: float) -> None:
         """Nobody does, or nobody can be asked."""
@@ -675,12 +678,12 @@ class SessionCore:
 
     def _gaps(self) -> list[tuple[int, int]]:
         gaps: list[tuple[int, int]] = []
-        block = 0
+        block = self._own_blocks
         for leg in self.legs:
             if leg.hop.start > block:
                 gaps.append((block, leg.hop.start))
             block = leg.hop.end
-        return [*gaps, (block, self._n_blocks)] if block < self._n_blocks else gaps
+        return [*gaps, (block, self._last_block)] if block < self._last_block else gaps
 
     def _fill_gaps(self, now: float) -> None:
         if self._nodes is None:
@@ -698,6 +701,8 @@ class SessionCore:
         self._wants_fresh = False
         if not self.legs:
             self.numerics = chosen[0].node.numerics
+            if len(kinds := dict.fromkeys(str(hop.node.numerics) for hop in chosen)) > 1:
+                self.reports.append(f"blocks are computed with different numerics: {', '.join(kinds)}")
         for hop in chosen:
             self._add(hop, self.legs, now)
         self.legs.sort(key=lambda leg: leg.hop.start)
@@ -1011,7 +1016,7 @@ class SessionCore:
 
     def _place_result(self, run: _Run, leg: LegState, payload: Any, position: int) -> None:
         """Keep what was answered until it is fetched, or those that it is for have it."""
-        if leg.hop.end == self._n_blocks:
+        if leg.hop.end == self._last_block:
             self.outputs[position] = run.end, payload
         elif position == run.position:
             self._passing[leg.hop.end, position] = run.end, payload

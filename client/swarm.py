@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from client.choices import NO_CHOICES, Choices
 from client.directory import Directory
 from client.errors import InvalidInput, UnknownModel
 from client.nearness import Nearness
@@ -139,6 +140,7 @@ class AsyncSwarm:
         *,
         max_length: int | None = None,
         accepts: Callable[[NodeAnnouncement], bool] = lambda _: True,
+        choices: Choices = NO_CHOICES,
     ) -> Session:
         """A session over all blocks of a model; opened at its first step.
 
@@ -146,6 +148,7 @@ class AsyncSwarm:
             model: which.
             max_length: reserve for this many tokens; as many as the nodes allow by default.
             accepts: false for nodes that must not be used.
+            choices: which nodes to use; blocks that are computed here are the caller's.
         """
         from client.session import Session
 
@@ -163,23 +166,45 @@ class AsyncSwarm:
                 )
             return accepted
 
-        return Session(self.host, find, self._nursery, self.reputation, max_length=max_length, nearness=self._nearness)
+        return Session(
+            self.host,
+            find,
+            self._nursery,
+            self.reputation,
+            max_length=max_length,
+            nearness=self._nearness,
+            choices=choices,
+        )
 
-    async def model(self, name: str) -> DistributedBloomForCausalLM:
+    async def model(
+        self,
+        name: str,
+        *,
+        allow: Iterable[str | PeerId] | None = None,
+        block: Iterable[str | PeerId] = (),
+        pins: Mapping[tuple[int, int], str | PeerId] | None = None,
+        mixed_numerics: bool = False,
+        local_blocks: int = 0,
+    ) -> DistributedBloomForCausalLM:
         """A model of the swarm. Its methods block: call them with ``trio.to_thread.run_sync``.
 
         Args:
             name: as served, or the path of a checkpoint's folder, with a / in it (needed when the model does not ship
                 and is not on the Hugging Face hub: the client holds embeddings and head itself).
+            allow, block, pins, mixed_numerics, local_blocks: as in ``client.blocking.Swarm.model``.
 
         Raises:
             UnknownModel: nobody serves it, under this name or with these files.
+            TypeError, InvalidInput: options that cannot be, and what to do.
         """
         from client.models.bloom import load
         from client.portal import Portal
 
         served = await self.models()
-        return await trio.to_thread.run_sync(load, name, served, self, Portal(self._token))
+        chosen = partial(
+            load, allow=allow, block=block, pins=pins, mixed_numerics=mixed_numerics, local_blocks=local_blocks
+        )
+        return await trio.to_thread.run_sync(chosen, name, served, self, Portal(self._token))
 
     async def _probe(self, node: NodeAnnouncement, found: list[Peer]) -> None:
         round_trip_s: float | None = None

@@ -5,7 +5,7 @@ A token's way: ``generate`` -> ``forward`` -> embeddings -> session (chain of no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,12 @@ from transformers import AutoTokenizer, BloomConfig, GenerationConfig, Generatio
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
+from client.choices import NO_CHOICES, Choices
 from client.drafting.base import Drafter
 from client.drafting.runner import make_model_drafter
 from client.errors import InvalidInput, UnknownModel
 from client.models.cache import SessionCache
+from client.models.local import LocalBlocks
 from client.portal import Portal
 from compute.bloom import Embeddings, Head, span_digest
 from compute.checkpoint import Checkpoint
@@ -26,6 +28,7 @@ from compute.models import find_checkpoint, is_folder
 
 if TYPE_CHECKING:
     from client.swarm import AsyncSwarm, ServedModel
+    from net.identity import PeerId
     from net.protocol.announcement import NodeAnnouncement
 
 IGNORED_LABEL = -100
@@ -55,6 +58,8 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         swarm: AsyncSwarm,
         portal: Portal,
         accepts: Callable[[NodeAnnouncement], bool],
+        choices: Choices = NO_CHOICES,
+        local: LocalBlocks | None = None,
     ) -> None:
         super().__init__(config)
         self.embeddings = embeddings
@@ -65,6 +70,8 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         self._swarm = swarm
         self._portal = portal
         self._accepts = accepts
+        self._choices = choices
+        self._local = () if local is None else (local,)  # no part of the module: nothing here is to be trained or moved
         self.requires_grad_(False)
         self.eval()
 
@@ -79,7 +86,15 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
             raise UnknownModel(f"the files of {self.served.name} hold no tokenizer; pass token ids to generate()")
         return self._tokenizer
 
-    def session(self, *, max_length: int | None = None) -> SessionCache:
+    def session(
+        self,
+        *,
+        max_length: int | None = None,
+        allow: Iterable[str | PeerId] | None = None,
+        block: Iterable[str | PeerId] | None = None,
+        pins: Mapping[tuple[int, int], str | PeerId] | None = None,
+        mixed_numerics: bool | None = None,
+    ) -> SessionCache:
         """A session that keeps its tokens across calls: ``generate(ids, session=session)``.
 
         ``ids`` are always all tokens from the beginning. Those at their start that the session has are not computed
@@ -87,11 +102,16 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
 
         Args:
             max_length: reserve for this many tokens; as many as the nodes allow by default.
+            allow, block, pins, mixed_numerics: as in ``swarm.model``, instead of what was said there.
+
+        Raises:
+            TypeError, InvalidInput: options that cannot be, and what to do.
         """
+        choices = self._choices.changed(self.served.n_blocks, allow=allow, block=block, pins=pins, mixed=mixed_numerics)
         session = self._portal.call(
-            lambda: self._swarm.session(self.served, max_length=max_length, accepts=self._accepts)
+            lambda: self._swarm.session(self.served, max_length=max_length, accepts=self._accepts, choices=choices)
         )
-        return SessionCache(session, self._portal)
+        return SessionCache(session, self._portal, self._local[0].session() if self._local else None)
 
     def generate(
         self,
@@ -273,11 +293,18 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         return self.embeddings.word_embeddings
 
 
-def load(name: str, served: Sequence[ServedModel], swarm: AsyncSwarm, portal: Portal) -> DistributedBloomForCausalLM:
+def load(
+    name: str, served: Sequence[ServedModel], swarm: AsyncSwarm, portal: Portal, **options: Any
+) -> DistributedBloomForCausalLM:
     """The model called ``name`` (or whose checkpoint is the folder ``name``), served by ``served``'s nodes.
 
+    Args:
+        name, options: see ``AsyncSwarm.model``.
+        served: models.
+        swarm, portal: through which it is used.
+
     Raises:
-        UnknownModel: see ``AsyncSwarm.model``.
+        UnknownModel, TypeError, InvalidInput: see ``AsyncSwarm.model``.
         CheckpointError: its files are damaged.
     """
     checkpoint = _local_files(name, served)
@@ -291,6 +318,7 @@ def load(name: str, served: Sequence[ServedModel], swarm: AsyncSwarm, portal: Po
                 f"{checkpoint.digest[:12]}: they are different models"
             )
         raise UnknownModel(f"nobody serves {checkpoint.name}; {_spell(served)}")
+    choices = Choices.read(match.n_blocks, **options)
     config_file = checkpoint.file("config.json")
     config = BloomConfig.from_json_file(str(config_file))
     generation_file = checkpoint.find_file("generation_config.json")
@@ -309,6 +337,8 @@ def load(name: str, served: Sequence[ServedModel], swarm: AsyncSwarm, portal: Po
         swarm=swarm,
         portal=portal,
         accepts=_weights_check(checkpoint),
+        choices=choices,
+        local=LocalBlocks.load(checkpoint, choices.local_blocks) if choices.local_blocks else None,
     )
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from client.drafting.base import Drafter
+    from client.models.local import LocalSession
     from client.session import Session
 
 
@@ -30,9 +31,10 @@ class SessionCache:
 
     is_compileable = False
 
-    def __init__(self, session: Session, portal: Portal) -> None:
+    def __init__(self, session: Session, portal: Portal, local: LocalSession | None = None) -> None:
         self._session = session
         self._portal = portal
+        self._local = local  # blocks that are computed here, before and after the session's
         self._closed = False
         self.drafter: Drafter | bool | None = None
         self._order: torch.Tensor | None = None  # [b], of rows, before the next step
@@ -166,12 +168,20 @@ class SessionCache:
         """
         self._check_open()
         before = self.position
+        order = None
         if self._runner is None:
             order = None if self._order is None else self._order.tolist()
-            output = self._portal.call(partial(self._session.step, hidden, order, keep=keep))
+            if self._local is not None:
+                hidden = self._local.first.run(hidden, before, order=order, pads=self.pads)  # [b, t, d]
+            # Where blocks follow here, they need all that was computed.
+            wanted = keep if self._local is None else None
+            output = self._portal.call(partial(self._session.step, hidden, order, keep=wanted))
             self._order = None
         else:
             output = self._portal.call(self._runner.step, ids[0].tolist(), before)
+        if self._local is not None:
+            output = self._local.last.run(output, before, order=order, pads=self.pads)  # [b, t, d]
+            output = output if keep is None else output[:, -keep:]
         kept = ids if self._ids is None or not before else torch.cat([self._ids[:, :before], ids], dim=1)
         self._ids = kept  # [b, position]
         return output
@@ -186,8 +196,14 @@ class SessionCache:
         """
         had = [] if self._ids is None else self._ids[0, : self.position].tolist()
 
+        def embed_here(tokens: Sequence[int]) -> torch.Tensor:
+            hidden = embed(tokens)  # [1, t, d]
+            if self._local is None:
+                return hidden
+            return self._local.first.run(hidden, self._session.position, pads=self.pads)  # [1, t, d]
+
         async def begin() -> DraftRunner:
-            return DraftRunner(self._session, embed, ids=had, limit=limit, model=model)
+            return DraftRunner(self._session, embed_here, ids=had, limit=limit, model=model)
 
         self._runner = self._portal.call(begin)
 
