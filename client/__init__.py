@@ -27,7 +27,12 @@ __all__ = ["connect", "open_swarm"]
 
 
 def connect(
-    bootstrap: str | Sequence[str], *, timeout_s: float = 10.0, swarm_key: str | PathLike[str] | None = None
+    bootstrap: str | Sequence[str],
+    *,
+    timeout_s: float = 10.0,
+    swarm_key: str | PathLike[str] | None = None,
+    home: str | PathLike[str] | None = None,
+    remember: bool = True,
 ) -> Swarm:
     """Join a swarm through the nodes at ``bootstrap``, blocking. Use it as a context manager, or ``close()`` it.
 
@@ -37,9 +42,14 @@ def connect(
         bootstrap: one address or several, each ending in ``/p2p/PEERID``; one that answers is enough.
         timeout_s: after which to give up; above 0.
         swarm_key: the file with the key of a private swarm.
+        home: the folder in which is kept, in ``reputation.json``, how well each node did; by default the one of the
+            command ``raceme``: ``$RACEME_HOME``, or ``raceme`` in the user's data folder. Several programs may use one:
+            the file is replaced as a whole, and the last one that writes it wins.
+        remember: false to read and keep nothing there.
 
     Raises:
-        TypeError: ``bootstrap`` is neither, or ``timeout_s`` is no number.
+        TypeError: ``bootstrap`` is neither, ``timeout_s`` is no number, ``home`` no path, or ``remember`` no truth
+            value.
         client.errors.InvalidInput: ``timeout_s`` is not above 0.
         net.errors.AddressError: an address that cannot be read.
         net.errors.IdentityError: no key can be read from ``swarm_key``.
@@ -48,14 +58,19 @@ def connect(
     shadowing.check()
     from client.blocking import Swarm
 
-    return Swarm(bootstrap, timeout_s=timeout_s, swarm_key=swarm_key)
+    return Swarm(bootstrap, timeout_s=timeout_s, swarm_key=swarm_key, home=home, remember=remember)
 
 
 def open_swarm(
-    bootstrap: str | Sequence[str], *, timeout_s: float = 10.0, swarm_key: str | PathLike[str] | None = None
+    bootstrap: str | Sequence[str],
+    *,
+    timeout_s: float = 10.0,
+    swarm_key: str | PathLike[str] | None = None,
+    home: str | PathLike[str] | None = None,
+    remember: bool = True,
 ) -> AbstractAsyncContextManager[AsyncSwarm]:
     """As ``connect``, for trio: ``async with client.open_swarm(address) as swarm``."""
     shadowing.check()
     from client.swarm import open_swarm
 
-    return open_swarm(bootstrap, timeout_s=timeout_s, swarm_key=swarm_key)
+    return open_swarm(bootstrap, timeout_s=timeout_s, swarm_key=swarm_key, home=home, remember=remember)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from os import PathLike
 from types import TracebackType
@@ -17,6 +17,7 @@ from client.swarm import AsyncSwarm, Peer, ServedModel, open_swarm
 
 if TYPE_CHECKING:
     from client.models.bloom import DistributedBloomForCausalLM
+    from net.identity import PeerId
 
 CLOSE_S = 5.0
 
@@ -25,7 +26,13 @@ class Swarm:
     """Made by ``client.connect``, which says what it takes. Any thread may use it."""
 
     def __init__(
-        self, bootstrap: str | Sequence[str], *, timeout_s: float, swarm_key: str | PathLike[str] | None = None
+        self,
+        bootstrap: str | Sequence[str],
+        *,
+        timeout_s: float,
+        swarm_key: str | PathLike[str] | None = None,
+        home: str | PathLike[str] | None = None,
+        remember: bool = True,
     ) -> None:
         refuse_in_trio()
         self._closed = False
@@ -38,7 +45,9 @@ class Swarm:
             if self._closed:
                 return
             with self._scope:
-                async with open_swarm(bootstrap, timeout_s=timeout_s, swarm_key=swarm_key) as swarm:
+                async with open_swarm(
+                    bootstrap, timeout_s=timeout_s, swarm_key=swarm_key, home=home, remember=remember
+                ) as swarm:
                     ready.put((swarm, Portal(self._token)))
                     await trio.sleep_forever()
 
@@ -67,18 +76,46 @@ class Swarm:
         """The nodes, each with a round trip measured now."""
         return self._portal.call(self._swarm.peers)
 
-    def model(self, name: str) -> DistributedBloomForCausalLM:
+    def model(
+        self,
+        name: str,
+        *,
+        allow: Iterable[str | PeerId] | None = None,
+        block: Iterable[str | PeerId] = (),
+        pins: Mapping[tuple[int, int], str | PeerId] | None = None,
+        mixed_numerics: bool = False,
+        local_blocks: int = 0,
+    ) -> DistributedBloomForCausalLM:
         """A model of the swarm, as a transformers ``GenerationMixin`` with its ``.tokenizer``.
 
         Args:
             name: as served, or the path of its checkpoint's folder (see ``AsyncSwarm.model``).
+            allow: the only peers to use, by PeerId; all by default.
+            block: peers not to use.
+            pins: who must compute certain blocks: ``{(start, end): PeerId}``.
+            mixed_numerics: whether a chain may compute some blocks with other numerics than the rest where it cannot be
+                had otherwise (a warning says so): the tokens are then those of no one machine.
+            local_blocks: compute so many of the first blocks, and of the last ones, here, in fp32 on the CPU. Nodes
+                then see hidden states from within the model alone. Where they compute with other numerics, the tokens
+                are those of blocks that are mixed so.
 
         Raises:
             UnknownModel: nobody serves it, or its files are not on this machine.
+            TypeError, InvalidInput: options that cannot be, and what to do.
         """
         from client.models.bloom import load
 
-        return load(name, self.models(), self._swarm, self._portal)
+        return load(
+            name,
+            self.models(),
+            self._swarm,
+            self._portal,
+            allow=allow,
+            block=block,
+            pins=pins,
+            mixed_numerics=mixed_numerics,
+            local_blocks=local_blocks,
+        )
 
     def close(self) -> None:
         """End all sessions and connections. Closing twice is fine."""

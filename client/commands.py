@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from client.errors import InvalidInput
 from net import console
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT_S = 8.0
 MAX_NEW_TOKENS = 2**20  # the longest session that there can be
+MAX_BLOCKS = 512  # of any model, at either end
 MAX_TOP_K = 2**20  # more tokens than any vocabulary has
 MAX_FACTOR = 1e6  # beyond it, and below its inverse, logits leave the range of fp32
 PIPE_COLUMNS = 120
@@ -78,9 +80,63 @@ def add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="how hidden states travel: auto loses nothing; bf16 and int8 take fewer bytes, and the text may differ "
         "(default: auto; --verbose shows what it takes)",
     )
+    _add_choices(generate)
     console.add_json(generate, "text, ids and figures, at the end,")
     console.add_common(generate)
     generate.set_defaults(run=run_generate)
+
+
+def _add_choices(parser: argparse.ArgumentParser) -> None:
+    nodes = parser.add_argument_group("which nodes")
+    nodes.add_argument(
+        "--allow", action="append", type=_peer, metavar="PEER", help="use only this peer, and others so named"
+    )
+    nodes.add_argument(
+        "--block", action="append", type=_peer, default=[], metavar="PEER", help="do not use this peer; may be repeated"
+    )
+    nodes.add_argument(
+        "--pin",
+        action="append",
+        type=_pin,
+        default=[],
+        metavar="START:END=PEER",
+        help="have blocks START to END - 1 computed by this peer; may be repeated",
+    )
+    nodes.add_argument(
+        "--local-blocks",
+        type=console.whole(0, MAX_BLOCKS),
+        default=0,
+        metavar="K",
+        help="compute the first K blocks and the last K here, in fp32 on the CPU: nodes see less, and have less to do",
+    )
+    nodes.add_argument(
+        "--mixed-numerics",
+        action="store_true",
+        help="where no chain of one kind is left, mix nodes that compute with different numerics; says so",
+    )
+
+
+def _peer(text: str) -> str:
+    from client.choices import read_peer
+
+    try:
+        return str(read_peer(text))
+    except InvalidInput as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _pin(text: str) -> tuple[tuple[int, int], str]:
+    match = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})=(.+)", text.strip(), re.ASCII)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not START:END=PEER, such as 0:4=12D3Koo...")
+    return (int(match[1]), int(match[2])), _peer(match[3])
+
+
+def _pins(pairs: Sequence[tuple[tuple[int, int], str]]) -> dict[tuple[int, int], str]:
+    pins = dict(pairs)
+    if len(pins) < len(pairs):
+        raise console.UserError("--pin names the same blocks twice: give each block to one peer at most")
+    return pins
 
 
 def _add_max_new_tokens(parser: argparse.ArgumentParser) -> None:
@@ -146,7 +202,7 @@ def run_generate(options: argparse.Namespace) -> int:
     goes_on = options.session is not None and options.session.exists()
     if not prompt and not goes_on:
         raise console.UserError("the prompt is empty: give at least one character")
-    how = sampling_options(options)
+    how, pins = sampling_options(options), _pins(options.pin)
     console.tell_warnings("client")
     if options.seed is not None and not how["do_sample"]:
         raise console.UserError(
@@ -157,7 +213,14 @@ def run_generate(options: argparse.Namespace) -> int:
     with client.connect(options.bootstrap, timeout_s=CONNECT_TIMEOUT_S, swarm_key=options.swarm_key) as swarm:
         # Ask for the model's nodes before the slow import: what is missing should be said at once.
         swarm.models()
-        model = swarm.model(options.model)
+        model = swarm.model(
+            options.model,
+            allow=options.allow,
+            block=options.block,
+            pins=pins,
+            mixed_numerics=options.mixed_numerics,
+            local_blocks=options.local_blocks,
+        )
 
         import torch
 

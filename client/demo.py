@@ -88,7 +88,7 @@ def _generate(address: str, prompt: str, max_new_tokens: int, say: Any) -> dict[
     import client
     from client.commands import print_placement
 
-    with client.connect(address) as swarm:
+    with client.connect(address, remember=False) as swarm:
         model = swarm.model(MODEL)
 
         import torch

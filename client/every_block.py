@@ -24,16 +24,16 @@ class EveryBlock:
         for number, state in enumerate(states, start=block):
             self._found.setdefault(number, {})[position] = state
 
-    def gathered(self, n_blocks: int, end: int) -> Tensor:
-        """All results of the tokens before ``end``.
+    def gathered(self, blocks: range, end: int) -> Tensor:
+        """All results of these blocks for the tokens before ``end``.
 
         Shapes:
-            returns: [n_blocks, b, end - position, d]
+            returns: [n, b, end - position, d]
 
         Raises:
             SessionFailed: some are missing.
         """
-        return torch.stack([self._row(block, end) for block in range(n_blocks)])
+        return torch.stack([self._row(block, end) for block in blocks])
 
     def _row(self, block: int, end: int) -> Tensor:
         parts, at = [], self.position

@@ -87,6 +87,12 @@ class SessionForms:
             return self.asked
         return default_form(node.numerics.dtype)
 
+    def allow(self, hops: Iterable[Hop]) -> bool:
+        """Whether values are the same with these hops: whether they are cut where the first ones were."""
+        if self.asked is None or self._cuts is None:
+            return True
+        return self._cuts <= {block for hop in hops for block in (hop.start, hop.end)}
+
     def within_cuts(self, choose: Choose) -> Choose:
         """Choose so that no hop reaches over a cut."""
 

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 import trio
 
-from client.errors import InvalidInput, MissingBlocks, UnknownModel
-from client.routing import Hop, choose_chain
+from client.errors import InvalidInput, UnknownModel
+from client.routing import Hop
 from compute.wire_forms import CODEC, Account, Form, Sender
 from net import errors
 from net.host import Host
@@ -88,6 +88,9 @@ class LegEvents(Protocol):
     def leg_answered(self, leg: Leg, number: int, message: Message) -> None:
         """A step's answer, or what came instead of one."""
 
+    def leg_replaceable(self, leg: Leg, nodes: list[NodeAnnouncement]) -> bool:
+        """Whether others of these could take its place."""
+
     def leg_linked(self, leg: Leg, following: int, error: errors.RpcError | None) -> None:
         """Its node can hand on to another leg's, or cannot."""
 
@@ -154,6 +157,11 @@ class Leg:
         self._stirred = trio.Event()  # there is something to look at before
         self._attempt = trio.CancelScope()  # at reaching a node that is lost
         self._scope = trio.CancelScope()
+
+    @property
+    def round_trip_s(self) -> float | None:
+        """To the node and back, as its connection measures it; ``None`` until it has."""
+        return None if self._connection is None else self._connection.mux.round_trip_s
 
     async def run(self) -> None:
         """Open the session, and keep it until :meth:`end` or the node's failure.
@@ -535,10 +543,6 @@ class Leg:
                 self._node = next((node for node in nodes if node.peer_id == known.peer_id), known)
                 if self._node.addresses != known.addresses:
                     self._attempt.cancel()  # perhaps nobody is there any more, and no answer will come
-                try:
-                    choose_chain(nodes, avoid={self._node.peer_id: "lost"})
-                except MissingBlocks:
-                    pass
-                else:
+                if self._events.leg_replaceable(self, nodes):
                     scope.deadline = min(scope.deadline, began + PATIENCE_S)
             await trio.sleep(LOOK_S)

@@ -8,19 +8,25 @@ the same numerics give the same bits. A node that is only lost from sight is fou
 from __future__ import annotations
 
 import logging
+import math
+import random
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import torch
 import trio
 
 from client import session_core as core
+from client.choices import NO_CHOICES, Choices
 from client.errors import ClientError, InvalidInput, MissingBlocks, UnknownModel
 from client.every_block import EveryBlock
 from client.forms import HopTraffic, SessionForms
 from client.journal import DECODE_TOKENS, Journal
 from client.legs import FindNodes, Leg
-from client.routing import Hop, Measurements, Wishes, choose_chain
+from client.nearness import Nearness
+from client.pricing import NOTHING_MEASURED, OVERHEAD_S, step_s
+from client.routing import Hop, Measurements, Wishes, better_chain, choose_chain, seconds_per_token
 from client.session_core import SessionCore
 from compute.errors import BadInput
 from compute.wire_forms import CODEC, from_message
@@ -35,6 +41,13 @@ from net.rpc.framing import MAX_FRAME_BYTES, MAX_HEADER_BYTES, Message
 
 logger = logging.getLogger(__name__)
 
+BETTER_EVERY_S = 20.0, 30.0  # between looks whether other nodes have become better, at random
+LEAST_GAIN_S = 0.005  # for each token: round trips on one network differ by as much from one moment to the next
+REOPEN_S = 0.5  # what it costs to open a session elsewhere, beside what it takes to compute again what there was:
+PROMPT_SPEEDUP = 10.0  # a tenth of what it took token by token
+UNHINDERED = 0.25  # of a node's steps: these have hardly waited for others'
+TOO_SLOW, TOO_SLOW_S = 2.0, 0.005  # times what a node announces, and so much more for all of its blocks: it is believed
+# no longer, but what was measured
 CHUNK_TOKENS = 256  # of all rows: nodes compute prompts in such chunks, so pieces of that size lose nothing
 
 
@@ -45,6 +58,7 @@ class Session:
         max_length: how many tokens it can get; known once there is a chain.
         position: tokens so far. ``rollback`` sets it back.
         pads: with how many tokens of padding each row begins; set it before the first step.
+        expected: how many tokens it will probably come to have; 0 if nobody has said.
     """
 
     def __init__(
@@ -57,6 +71,8 @@ class Session:
         max_length: int | None = None,
         wire_form: str = "auto",
         measures_error: bool = False,
+        nearness: Nearness | None = None,
+        choices: Choices = NO_CHOICES,
     ) -> None:
         """Begin without a chain.
 
@@ -68,6 +84,8 @@ class Session:
             max_length: tokens to make room for; as many as the nodes allow by default.
             wire_form: in which form hidden states travel: see ``AsyncSwarm.session``.
             measures_error: whether to find out what is lost on the way, which takes time.
+            nearness: knows how far nodes are; by default all count as equally far.
+            choices: which nodes may be used, and which blocks whoever uses the session computes before and after it.
 
         Raises:
             TypeError, InvalidInput: ``max_length`` is no whole number, or not above 0; no such form.
@@ -83,6 +101,8 @@ class Session:
         self._requested_length = max_length
         self._forms = SessionForms(wire_form)
         self._measures = measures_error and self._forms.asked is not None
+        self._nearness = nearness
+        self._choices = choices
         self._journal = Journal()
         self._order: tuple[int, ...] = ()
         self._width = 0  # of hidden states
@@ -101,6 +121,7 @@ class Session:
         self.pads: tuple[int, ...] | None = None
         self.max_length = max_length or 0
         self.position = 0
+        self.expected = 0
 
     @property
     def chain(self) -> list[Hop]:
@@ -200,7 +221,7 @@ class Session:
         try:
             end = await self.begin(hidden, order)
             await self.result(position, end)
-            return self._every.gathered(self.chain[-1].node.blocks, end)
+            return self._every.gathered(range(self.chain[0].start, self.chain[-1].end), end)
         finally:
             self._every, session.direct = None, False
 
@@ -339,7 +360,14 @@ class Session:
     async def _awake(self) -> SessionCore:
         """The core, with a task that looks after it."""
         if self._core is None:
-            self._core = session = SessionCore(self._journal, self._forms.within_cuts(self._choose))
+            self._core = session = SessionCore(
+                self._journal,
+                self._forms.within_cuts(self._choose),
+                better=self._find_better,
+                better_every_s=lambda: random.uniform(*BETTER_EVERY_S),
+                own_blocks=self._choices.local_blocks,
+            )
+            session.mixed = self._choices.mixed_numerics
             self._scope, self._ended, self._bug, self._nursery = trio.CancelScope(), trio.Event(), None, None
             try:
                 self._nursery = await self._parent.start(self._run, self._scope, self._ended)
@@ -401,8 +429,8 @@ class Session:
             self._carry_out(action, nursery)
         for peer_id, reason in session.failures:
             self._reputation.failed(peer_id, reason)
-        for peer_id in session.successes:
-            self._reputation.succeeded(peer_id)
+        for success in session.successes:
+            self._reputation.succeeded(success.peer_id, self._block_s(success))
         session.failures.clear()
         session.successes.clear()
         for report in session.reports:
@@ -418,6 +446,14 @@ class Session:
             backend = session.legs[0].hop.node.numerics.backend
             self._journal.merge = not backend.endswith("-mixing") and self._every is None
         self._changed.set()
+
+    def _block_s(self, success: core.Success) -> float | None:
+        """What a block took, without the way; ``None`` where that is not known."""
+        leg = self._legs.get(success.leg)
+        round_trip_s = None if leg is None else leg.round_trip_s
+        if success.seconds is None or round_trip_s is None:
+            return None
+        return max(0.0, success.seconds - round_trip_s - OVERHEAD_S) / success.blocks
 
     def _carry_out(self, action: core.Action, nursery: trio.Nursery) -> None:
         match action:
@@ -493,6 +529,8 @@ class Session:
             return
         if isinstance(found, list):
             session.nodes_found(found, trio.current_time())
+            if self._nearness is not None:
+                self._nearness.look_at(self._usable(found))
         else:
             session.nodes_missing(found, trio.current_time())
         self._go_on()
@@ -509,13 +547,83 @@ class Session:
         after: NodeAnnouncement | None,
     ) -> list[Hop]:
         """The best hops there are, of nodes that have not failed others lately if there are enough of these."""
-        wishes = Wishes(start=start, end=end, numerics=numerics, before=before, after=after)
-        peers = [node.peer_id for node in nodes]
-        measured = Measurements(failure_chance={peer: self._reputation.failure_chance(peer) for peer in peers})
-        if avoided := self._reputation.avoided():
+        wishes = replace(self._wishes(), start=start, end=end, numerics=numerics, before=before, after=after)
+        measured = self._measured(nodes)
+        avoided = self._reputation.avoided()
+        if avoided:
             with suppress(MissingBlocks):
                 return choose_chain(nodes, avoid={**avoided, **avoid}, wishes=wishes, measured=measured)
-        return choose_chain(nodes, avoid=avoid, wishes=wishes, measured=measured)
+        try:
+            return choose_chain(nodes, avoid=avoid, wishes=wishes, measured=measured)
+        except MissingBlocks:
+            if numerics is not None or not self._choices.mixed_numerics:
+                raise
+        return _mixed_chain(nodes, avoid, wishes, measured)
+
+    def _find_better(
+        self, nodes: Sequence[NodeAnnouncement], old: Sequence[Hop], *, avoid: Mapping[PeerId, str]
+    ) -> list[Hop] | None:
+        """Hops that are worth moving to, of nodes that have room for what the session is going to need."""
+        wishes, own = self._wishes(), {hop.node.peer_id for hop in old}
+        roomy = [
+            node
+            for node in nodes
+            if node.peer_id in own
+            or (node.max_length >= self.max_length and node.cache_tokens_left >= wishes.cache_tokens)
+        ]
+        measured = self._measured(nodes)
+        # What we have computed there ourselves is a part of what waits there, on average.
+        others = {node.peer_id: max(0.0, node.waiting - 1.0) for node in nodes if node.peer_id in own}
+        measured = replace(measured, waiting=others)
+        token_s = seconds_per_token(old, measured=measured)
+        left = self.expected - self._journal.end
+        wishes = replace(
+            wishes,
+            cache_tokens=0,  # the nodes in use have it already
+            tokens_left=float(left) if left > 0 else wishes.tokens_left,
+            replay_s=REOPEN_S + self._journal.end * token_s / PROMPT_SPEEDUP,
+        )
+        avoided = {**self._reputation.avoided(), **avoid}
+        found = better_chain(roomy, old, avoid=avoided, wishes=wishes, measured=measured)
+        if found is not None and not self._forms.allow(found):
+            return None
+        better_s = math.inf if found is None else seconds_per_token(found, measured=measured)
+        if found is None or token_s - better_s < LEAST_GAIN_S:
+            return None
+        logger.info("moves to other nodes: %.0f ms for a token instead of %.0f", 1000 * better_s, 1000 * token_s)
+        return found
+
+    def _wishes(self) -> Wishes:
+        """What chains are wanted for."""
+        tokens = max(self._journal.end, self._requested_length or self.expected)
+        return replace(self._choices.to_wishes(), cache_tokens=(self.batch or 1) * tokens)
+
+    def _usable(self, nodes: Sequence[NodeAnnouncement]) -> list[NodeAnnouncement]:
+        """Those that a chain may come to have."""
+        avoided, wishes = self._reputation.avoided(), self._choices.to_wishes()
+        return [node for node in nodes if node.peer_id not in avoided and wishes.permits_peer(node.peer_id)]
+
+    def _measured(self, nodes: Sequence[NodeAnnouncement]) -> Measurements:
+        """What we know of nodes ourselves."""
+        peers = {node.peer_id for node in nodes}
+        slow = {node.peer_id: seconds for node in nodes if (seconds := self._slower_s(node)) is not None}
+        return Measurements(
+            round_trips={} if self._nearness is None else self._nearness.round_trips(peers),
+            step_s=slow,
+            failure_chance={peer: self._reputation.failure_chance(peer) for peer in peers},
+            relayed={} if self._nearness is None else self._nearness.relayed(peers),
+        )
+
+    def _slower_s(self, node: NodeAnnouncement) -> float | None:
+        """What a block has taken there for us, where that is far more than the node announces. What is measured from
+        here is never as exact as what is measured there, and must not speak for nodes that we do not know.
+        """
+        seconds = self._reputation.latency_s(node.peer_id, UNHINDERED)
+        if seconds is None:
+            return None
+        announced = step_s(node, NOTHING_MEASURED)
+        excess_s = (seconds - announced) * (node.end - node.start)
+        return seconds if seconds > TOO_SLOW * announced and excess_s > TOO_SLOW_S else None
 
     # What happens to legs
 
@@ -546,6 +654,14 @@ class Session:
         with self._event(leg) as session:
             if session is not None:
                 session.lost(leg.key)
+
+    def leg_replaceable(self, leg: Leg, nodes: list[NodeAnnouncement]) -> bool:
+        wishes = replace(self._choices.to_wishes(), start=leg.hop.start, end=leg.hop.end)
+        try:
+            choose_chain(nodes, avoid={leg.hop.node.peer_id: "lost"}, wishes=wishes)
+        except MissingBlocks:
+            return False
+        return True
 
     def leg_interrupted(self, leg: Leg) -> None:
         with self._event(leg) as session:
@@ -677,3 +793,17 @@ def _gathered(outputs: Mapping[int, tuple[int, torch.Tensor]], position: int, en
             parts.append(hidden[:, position - start : end - start])
             position = stop
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _mixed_chain(
+    nodes: Sequence[NodeAnnouncement], avoid: Mapping[PeerId, str], wishes: Wishes, measured: Measurements
+) -> list[Hop]:
+    """The best hops, whatever each node computes with.
+
+    Raises:
+        MissingBlocks: there are none.
+    """
+    alike = [replace(node, numerics=nodes[0].numerics) for node in nodes]
+    own = {node.peer_id: node for node in nodes}
+    found = choose_chain(alike, avoid=avoid, wishes=replace(wishes, before=None, after=None), measured=measured)
+    return [replace(hop, node=own[hop.node.peer_id]) for hop in found]

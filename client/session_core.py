@@ -17,7 +17,7 @@ Drive it with events, and carry out what :meth:`SessionCore.advance` returns.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -44,8 +44,10 @@ RELINK_S: Final = 20.0  # before nodes that could not reach each other try again
 MAX_PUT_OFF: Final = 5  # times in a row
 MAX_RETRY_AFTER_S: Final = 10.0
 OPEN_PATIENCE_S: Final = 2.5  # with a node that does not open the session, where others could take its place
+CURRENT_S: Final = 5.0  # for which what was found may be compared with the chain in use
+MAX_SETTLED: Final = 10  # times as seldom as at first is looked for better chains, once that many moves have been made
 SPARE_LAG: Final = 32  # tokens that a new leg may lack when it takes the old one's place
-_PRAISE_EVERY: Final = 32  # runs: whose nodes have done well
+_PRAISE_EVERY: Final = 8  # runs: whose nodes have done well
 _NEVER: Final = float("inf")
 _FROM_BEFORE: Final = frozenset({"bad-shape", "bad-dtype", "not-finite", "bad-input", "bad-value", "too-long"})
 
@@ -170,6 +172,17 @@ class Choose(Protocol):
         """
 
 
+class Better(Protocol):
+    """How a chain is found that is worth moving to."""
+
+    def __call__(
+        self, nodes: Sequence[NodeAnnouncement], old: Sequence[Hop], *, avoid: Mapping[PeerId, str]
+    ) -> list[Hop] | None:
+        """Hops over the same blocks as ``old``, in the same numerics, that are clearly better; ``None`` if there are
+        none.
+        """
+
+
 @dataclass(kw_only=True, eq=False)
 class LegState:
     """A node of the chain, as the core sees it.
@@ -222,6 +235,22 @@ class Failure:
     delay_s: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Success:
+    """A node did what it was asked to.
+
+    Attributes:
+        leg: Which.
+        seconds: From asking to the answer, way included, where that says how fast this node is: for a step of one token
+            that went through it alone, while nothing else of the session was under way. Else ``None``.
+    """
+
+    leg: int
+    peer_id: PeerId
+    blocks: int
+    seconds: float | None
+
+
 @dataclass(kw_only=True, eq=False)
 class _Run:
     """A piece on its way.
@@ -230,6 +259,7 @@ class _Run:
         legs: Those that compute it, in order; none if it is only fetched from ``source``.
         source: Who has its hidden states already and hands them on; ``None`` for the client.
         keep: How many tokens' results, at its end, are wanted here.
+        is_alone: Whether nothing else was under way when it was sent.
     """
 
     number: int
@@ -239,6 +269,7 @@ class _Run:
     source: LegState | None
     keep: int
     asked_at: float
+    is_alone: bool
 
     @property
     def asked(self) -> LegState:
@@ -249,6 +280,11 @@ class _Run:
     def last(self) -> LegState:
         """Who answers it."""
         return self.legs[-1] if self.legs else self.asked
+
+    @property
+    def is_lone_step(self) -> bool:
+        """Whether it is one token through one node, from the client and back."""
+        return self.end - self.position == 1 and self.source is None and len(self.legs) == 1
 
     @property
     def through(self) -> list[LegState]:
@@ -277,13 +313,25 @@ class SessionCore:
         failures: Who has failed, and how; successes: who has done well again since. Taken by the driver.
     """
 
-    def __init__(self, journal: JournalView, choose: Choose, *, push: bool = True) -> None:
+    def __init__(
+        self,
+        journal: JournalView,
+        choose: Choose,
+        *,
+        push: bool = True,
+        better: Better | None = None,
+        better_every_s: Callable[[], float] = lambda: _NEVER,
+        own_blocks: int = 0,
+    ) -> None:
         """Begin without a chain.
 
         Args:
             journal: What is to be computed; it changes only between events.
             choose: Gives hops over some blocks.
             push: Whether nodes hand on to each other.
+            better: Gives hops to move to while the session is at work; ``None`` to stay with those that do.
+            better_every_s: For how long not to look for such hops; asked anew each time.
+            own_blocks: How many of the first blocks, and of the last ones, nobody needs to serve.
         """
         self.legs: list[LegState] = []
         self.error: Exception | None = None
@@ -291,16 +339,23 @@ class SessionCore:
         self.numerics: Numerics | None = None
         self.reports: list[str] = []
         self.failures: list[tuple[PeerId, str]] = []
-        self.successes: list[PeerId] = []
+        self.successes: list[Success] = []
         self.failed_peers: dict[PeerId, Failure] = {}  # until they do a step
         self.direct = False  # whether every leg answers here, and nothing is handed on
         self.mixed = False  # whether another class of numerics may be taken where none of the same is left
         self._journal = journal
-        self._n_blocks = 0  # until nodes have been found
+        self._own_blocks = own_blocks
+        self._last_block = 0  # after the last one that is served; 0 until nodes have been found
         self._choose = choose
         self._push = push
         self._spares: list[LegState] = []
-        self._spares_for: LegState | None = None
+        self._spares_for: list[LegState] = []  # neighbours, in order
+        self._for_gain = False  # whether the spares are better, and nothing is the matter with those that they replace
+        self._better = better
+        self._better_every_s = better_every_s
+        self._better_at: float | None = None  # when to look next
+        self._gains = 0  # moves to better hops
+        self._found_at = -_NEVER
         self._actions: list[Action] = []
         self._runs: dict[int, _Run] = {}
         self._passing: dict[tuple[int, int], tuple[int, Any]] = {}  # by block and position: end and hidden states
@@ -380,7 +435,7 @@ class SessionCore:
     def close(self) -> list[Action]:
         """Let everything go."""
         self._actions.extend(Close(leg=leg.key) for leg in (*self.legs, *self._spares))
-        self.legs, self._spares, self._spares_for = [], [], None
+        self.legs, self._spares, self._spares_for = [], [], []
         self.stop()
         return self._take_actions()
 
@@ -410,11 +465,15 @@ class SessionCore:
         """Who serves the model."""
         self._looking = False
         self._nodes = self._known = list(nodes)
-        self._n_blocks = nodes[0].blocks
+        self._found_at = now
+        self._last_block = nodes[0].blocks - self._own_blocks
 
     def nodes_missing(self, error: ClientError | NetError, now: float) -> None:
         """Nobody does, or nobody can be asked."""
         self._looking = False
+        if self.ready:  # there is a chain, and what was looked for would have been a better one
+            self._look_at = now + LOOK_S
+            return
         self._no_chain(error, now)
 
     def opened(self, key: int, now: float) -> None:
@@ -483,7 +542,7 @@ class SessionCore:
         for each in self.legs:
             if each.linked_to == key:
                 each.linked_to, each.relink_at = None, now
-        if leg is self._spares_for and not leg.leaving:
+        if leg in self._spares_for and not self._for_gain and not leg.leaving:
             self._drop_spares(now)
         if any(leg in run.through for run in self._runs.values()):
             self._give_up_runs()
@@ -533,7 +592,9 @@ class SessionCore:
             each.tokens = max(each.tokens, run.end)
             each.put_off = each.resets = 0
             if self.failed_peers.pop(each.peer_id, None) is not None or run.number % _PRAISE_EVERY == 0:
-                self.successes.append(each.peer_id)
+                seconds = now - run.asked_at if run.is_alone and run.is_lone_step else None
+                blocks = each.hop.end - each.hop.start
+                self.successes.append(Success(leg=each.key, peer_id=each.peer_id, blocks=blocks, seconds=seconds))
         if is_last and run.source is None and run.end - run.position == 1 and leg is self.legs[-1]:
             self._note_seconds(now - run.asked_at)
         if not is_last:  # those behind it lack this piece, and all that comes after
@@ -595,6 +656,7 @@ class SessionCore:
         if self.ready:
             self._wants_chain = False
             self._move(now)
+            self._improve(now)
         if self.ready:
             self._link(now)
             if self._wanted_from is not None and self.error is None:
@@ -620,12 +682,12 @@ class SessionCore:
 
     def _gaps(self) -> list[tuple[int, int]]:
         gaps: list[tuple[int, int]] = []
-        block = 0
+        block = self._own_blocks
         for leg in self.legs:
             if leg.hop.start > block:
                 gaps.append((block, leg.hop.start))
             block = leg.hop.end
-        return [*gaps, (block, self._n_blocks)] if block < self._n_blocks else gaps
+        return [*gaps, (block, self._last_block)] if block < self._last_block else gaps
 
     def _fill_gaps(self, now: float) -> None:
         if self._nodes is None:
@@ -633,8 +695,8 @@ class SessionCore:
             return
         nodes, self._nodes = self._nodes, None
         if not self._computed and not any(leg.is_open for leg in self.legs) and self.legs:
-            for leg in list(self.legs):  # nothing is lost if another class of numerics is better now
-                self._drop(leg, now)
+            while self.legs:  # nothing is lost if another class of numerics is better now
+                self._drop(self.legs[0], now)
         try:
             chosen = [hop for start, end in self._gaps() for hop in self._choose_hops(nodes, start, end, now)]
         except (MissingBlocks, SessionFailed) as error:
@@ -643,6 +705,8 @@ class SessionCore:
         self._wants_fresh = False
         if not self.legs:
             self.numerics = chosen[0].node.numerics
+            if len(kinds := dict.fromkeys(str(hop.node.numerics) for hop in chosen)) > 1:
+                self.reports.append(f"blocks are computed with different numerics: {', '.join(kinds)}")
         for hop in chosen:
             self._add(hop, self.legs, now)
         self.legs.sort(key=lambda leg: leg.hop.start)
@@ -737,16 +801,16 @@ class SessionCore:
         return next((leg for leg in (*self.legs, *self._spares) if leg.key == key), None)
 
     def _drop(self, leg: LegState, now: float) -> None:
-        self._actions.append(Close(leg=leg.key))
         self._give_up_runs()
         if leg in self._spares:
-            self._drop_spares(now, besides=leg)
+            self._drop_spares(now)
             return
-        if leg is self._spares_for:  # its time has come
+        if leg in self._spares_for:  # its time has come
             if all(spare.is_open for spare in self._spares):
-                self._take_spares(leg)
+                self._take_spares()
                 return
             self._drop_spares(now)
+        self._actions.append(Close(leg=leg.key))
         self.legs.remove(leg)
         for each in self.legs:
             if each.linked_to == leg.key:
@@ -945,7 +1009,14 @@ class SessionCore:
         if not self._runs:
             self._moved_at = now
         self._runs[number] = _Run(
-            number=number, position=position, end=end, legs=legs, source=source, keep=keep, asked_at=now
+            number=number,
+            position=position,
+            end=end,
+            legs=legs,
+            source=source,
+            keep=keep,
+            asked_at=now,
+            is_alone=not self._runs,
         )
         return number
 
@@ -957,7 +1028,7 @@ class SessionCore:
 
     def _place_result(self, run: _Run, leg: LegState, payload: Any, position: int) -> None:
         """Keep what was answered until it is fetched, or those that it is for have it."""
-        if leg.hop.end == self._n_blocks:
+        if leg.hop.end == self._last_block:
             self.outputs[position] = run.end, payload
         elif position == run.position:
             self._passing[leg.hop.end, position] = run.end, payload
@@ -1043,19 +1114,64 @@ class SessionCore:
     def _move(self, now: float) -> None:
         """Have another leg for one that is lost, or whose node is about to leave, before it has gone for good."""
         old = self._spares_for
-        if old is None:
-            going = [leg for leg in self.legs if (leg.lost or leg.leaving) and not leg.has_no_spare]
+        going = [leg for leg in self.legs if (leg.lost or leg.leaving) and not leg.has_no_spare]
+        if old and self._for_gain and any(leg not in old for leg in going):
+            self._drop_spares(now)  # somebody else needs them more
+            old = []
+        if not old:
             if going:
                 self._find_spares(min(going, key=lambda leg: not leg.lost), now)
             return
         if not all(spare.is_open for spare in self._spares):
             return
         is_fed = all(spare.tokens + SPARE_LAG >= self._journal.end for spare in self._spares)
-        if is_fed and (old.lost or not self._runs):
+        if is_fed and (any(leg.lost for leg in old) or not self._runs):
             self._give_up_runs()
-            self._take_spares(old)
+            self._gains += self._for_gain
+            self._take_spares()
         else:
             self._feed_spares(now)
+
+    def _improve(self, now: float) -> None:
+        """While the session is at work, look now and then whether other hops have become clearly better, and have them
+        opened beside the old ones. With every move it looks less often, so that nodes that are as good as each other do
+        not have it go back and forth.
+        """
+        if self._better is None or self._wanted_from is None or self._spares_for:
+            return
+        if self._better_at is None:
+            self._wait_for_better(now)
+        if self._better_at is None or now < self._better_at or any(leg.lost or leg.leaving for leg in self.legs):
+            return
+        if self._nodes is None or now > self._found_at + CURRENT_S:
+            self._look(now)
+            return
+        nodes, self._nodes = self._nodes, None
+        self._wait_for_better(now)
+        if any(leg.hop.node.numerics != self.numerics for leg in self.legs):
+            return  # it would go back to where nobody was left
+        avoid = {peer: each.reason for peer, each in self.failed_peers.items()}
+        found = self._better(nodes, [leg.hop for leg in self.legs], avoid=avoid)
+        if found is not None:
+            self._prepare_for(found, now)
+
+    def _wait_for_better(self, now: float) -> None:
+        self._better_at = now + self._better_every_s() * min(1 + self._gains, MAX_SETTLED)
+
+    def _prepare_for(self, found: Sequence[Hop], now: float) -> None:
+        """Have those hops opened that differ from the chain in use."""
+        old, new = [_place(leg.hop) for leg in self.legs], [_place(hop) for hop in found]
+        alike = 0
+        while alike < min(len(old), len(new)) and old[alike] == new[alike]:
+            alike += 1
+        behind = 0
+        while behind < min(len(old), len(new)) - alike and old[-1 - behind] == new[-1 - behind]:
+            behind += 1
+        replaced = self.legs[alike : len(old) - behind]
+        if replaced:
+            self._spares_for, self._for_gain = replaced, True
+            for hop in found[alike : len(new) - behind]:
+                self._add(hop, self._spares, now)
 
     def _find_spares(self, going: LegState, now: float) -> None:
         if self._nodes is None:
@@ -1072,13 +1188,13 @@ class SessionCore:
             self._look_at = now + 2 * LOOK_S
             return
         self._wants_fresh = False
-        self._spares_for = going
+        self._spares_for, self._for_gain = [going], False
         for hop in hops:
             self._add(hop, self._spares, now)
 
     def _feed_spares(self, now: float) -> None:
         """Bring new legs up to where the others are, beside what else is going on."""
-        index = 0 if self._spares_for is None else self.legs.index(self._spares_for)
+        index = self.legs.index(self._spares_for[0])
         for number, spare in enumerate(self._spares):
             if spare.version != self._journal.version:
                 spare.tokens = spare.sent = 0
@@ -1098,8 +1214,8 @@ class SessionCore:
                 if before.lost:
                     continue
                 if not before.keeps:  # then there is nothing better than to wait until it has gone
-                    if self._spares_for is not None:
-                        self._spares_for.has_no_spare = True
+                    for leg in self._spares_for:
+                        leg.has_no_spare = not self._for_gain
                     self._drop_spares(now)
                     return
                 if before.tokens > position and before.version == self._journal.version:
@@ -1112,18 +1228,20 @@ class SessionCore:
                 Send(leg=spare.key, run=run, position=position, end=end, push=0, keep=keep, payload=payload)
             )
 
-    def _take_spares(self, old: LegState) -> None:
-        index = self.legs.index(old)
-        self.legs[index : index + 1] = self._spares
-        self._spares, self._spares_for = [], None
-        self._actions.append(Close(leg=old.key))
+    def _take_spares(self) -> None:
+        old = self._spares_for
+        index = self.legs.index(old[0])
+        self.legs[index : index + len(old)] = self._spares
+        self._spares, self._spares_for = [], []
+        self._actions.extend(Close(leg=leg.key) for leg in old)
+        keys = {leg.key for leg in old}
         for each in self.legs:
-            if each.linked_to == old.key:
+            if each.linked_to in keys:
                 each.linked_to = None
 
-    def _drop_spares(self, now: float, besides: LegState | None = None) -> None:
-        self._actions.extend(Close(leg=spare.key) for spare in self._spares if spare is not besides)
-        self._spares, self._spares_for = [], None
+    def _drop_spares(self, now: float) -> None:
+        self._actions.extend(Close(leg=spare.key) for spare in self._spares)
+        self._spares, self._spares_for = [], []
         self._look_at = now + LOOK_S
 
     def _take_actions(self) -> list[Action]:
@@ -1135,3 +1253,7 @@ class SessionCore:
 def _know_each_other(one: NodeAnnouncement, other: NodeAnnouncement) -> bool:
     """Whether one of two nodes has said how long the way to the other takes: it has gone it."""
     return other.peer_id in one.round_trips or one.peer_id in other.round_trips
+
+
+def _place(hop: Hop) -> tuple[PeerId, int, int]:
+    return hop.node.peer_id, hop.start, hop.end

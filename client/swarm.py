@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from client.choices import NO_CHOICES, Choices
 from client.directory import Directory
 from client.errors import InvalidInput, MissingBlocks, UnknownModel
-from client.routing import choose_chain, runs_without
-from net import addresses, errors
+from client.nearness import Nearness
+from client.routing import Wishes, choose_chain, runs_without
+from net import addresses, console, errors
 from net.dht import keys
 from net.dht.service import Dht
 from net.host import Host, open_host
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 PROBE_S = 2.0
 REACH_S = 8.0
+REPUTATION_FILE = "reputation.json"  # in the folder where keys are
 
 logger = logging.getLogger(__name__)
 
@@ -81,17 +84,20 @@ class Peer:
 class AsyncSwarm:
     """Made by ``open_swarm``; all methods belong to its event loop."""
 
-    def __init__(self, host: Host, dht: Dht, nursery: trio.Nursery) -> None:
+    def __init__(self, host: Host, dht: Dht, nursery: trio.Nursery, reputation: Reputation | None = None) -> None:
         """Take what is running.
 
         Args:
             host: dials.
             dht: finds.
             nursery: in which sessions live.
+            reputation: what is known of nodes; whoever gives it keeps it. By default one that begins empty and is
+                forgotten.
         """
         self.host = host
-        self.reputation = Reputation(None, trio.current_time)
+        self.reputation = Reputation(None, trio.current_time) if reputation is None else reputation
         self._nursery = nursery
+        self._nearness = Nearness(host, nursery)
         self._directory = Directory(self._look_up, nursery)
         self._dht = dht
         self._token = trio.lowlevel.current_trio_token()
@@ -140,6 +146,7 @@ class AsyncSwarm:
         wire: str = "auto",
         measures_error: bool = False,
         accepts: Callable[[NodeAnnouncement], bool] = lambda _: True,
+        choices: Choices = NO_CHOICES,
     ) -> Session:
         """A session over all blocks of a model; opened at its first step.
 
@@ -150,6 +157,7 @@ class AsyncSwarm:
                 "bf16" or "int8" for fewer bytes, and not quite the same values.
             measures_error: find out what is lost on the way, for ``traffic``; that takes time.
             accepts: false for nodes that must not be used.
+            choices: which nodes to use; blocks that are computed here are the caller's.
 
         Raises:
             TypeError, InvalidInput: ``max_length`` is no whole number above 0, or there is no such ``wire``.
@@ -178,30 +186,46 @@ class AsyncSwarm:
             max_length=max_length,
             wire_form=wire,
             measures_error=measures_error,
+            nearness=self._nearness,
+            choices=choices,
         )
 
-    async def model(self, name: str) -> DistributedBloomForCausalLM:
+    async def model(
+        self,
+        name: str,
+        *,
+        allow: Iterable[str | PeerId] | None = None,
+        block: Iterable[str | PeerId] = (),
+        pins: Mapping[tuple[int, int], str | PeerId] | None = None,
+        mixed_numerics: bool = False,
+        local_blocks: int = 0,
+    ) -> DistributedBloomForCausalLM:
         """A model of the swarm. Its methods block: call them with ``trio.to_thread.run_sync``.
 
         Args:
             name: as served, or the path of a checkpoint's folder, with a / in it (needed when the model does not ship
                 and is not on the Hugging Face hub: the client holds embeddings and head itself).
+            allow, block, pins, mixed_numerics, local_blocks: as in ``client.blocking.Swarm.model``.
 
         Raises:
             UnknownModel: nobody serves it, under this name or with these files.
+            TypeError, InvalidInput: options that cannot be, and what to do.
         """
         from client.models.bloom import load
         from client.portal import Portal
 
         served = await self.models()
-        model = await trio.to_thread.run_sync(load, name, served, self, Portal(self._token))
-        self._nursery.start_soon(self._reach_out, model.served.nodes)
+        chosen = partial(
+            load, allow=allow, block=block, pins=pins, mixed_numerics=mixed_numerics, local_blocks=local_blocks
+        )
+        model = await trio.to_thread.run_sync(chosen, name, served, self, Portal(self._token))
+        self._nursery.start_soon(self._reach_out, model.served.nodes, model.wishes)
         return model
 
-    async def _reach_out(self, nodes: Sequence[NodeAnnouncement]) -> None:
+    async def _reach_out(self, nodes: Sequence[NodeAnnouncement], wishes: Wishes) -> None:
         """Connect to those that a session will probably go through: its first token then need not wait for that."""
         try:
-            chain = choose_chain(nodes)
+            chain = choose_chain(nodes, wishes=wishes)
         except MissingBlocks:
             return
         async with trio.open_nursery() as nursery:
@@ -231,13 +255,20 @@ class AsyncSwarm:
 
 @asynccontextmanager
 async def open_swarm(
-    bootstrap: str | Sequence[str], *, timeout_s: float = 10.0, swarm_key: str | PathLike[str] | None = None
+    bootstrap: str | Sequence[str],
+    *,
+    timeout_s: float = 10.0,
+    swarm_key: str | PathLike[str] | None = None,
+    home: str | PathLike[str] | None = None,
+    remember: bool = True,
 ) -> AsyncIterator[AsyncSwarm]:
     """See ``client.open_swarm``."""
     texts = _spelled(bootstrap)
     _check_timeout(timeout_s)
     peers = [addresses.parse_peer(text) for text in texts]
     key = None if swarm_key is None else SwarmKey.load(Path(swarm_key))
+    kept_at = _reputation_path(home, remember)
+    reputation = await trio.to_thread.run_sync(Reputation, kept_at)  # reads it
     async with open_host(Identity.generate(), swarm_key=key) as host, open_service_nursery() as nursery:
         dht = Dht(host, server=False)
         with trio.move_on_after(timeout_s) as scope:
@@ -246,7 +277,8 @@ async def open_swarm(
             raise errors.DialError(f"no node of the swarm answered within {timeout_s:g} s at {', '.join(texts)}")
         await nursery.start(dht.run)
         await nursery.start(partial(run_presence, host, dht, bootstrap=peers, is_server=False))
-        yield AsyncSwarm(host, dht, nursery)
+        await nursery.start(reputation.run)
+        yield AsyncSwarm(host, dht, nursery, reputation)
         nursery.cancel_scope.cancel()
 
 
@@ -266,6 +298,19 @@ def _spelled(bootstrap: object) -> list[str]:
     if not found:
         raise errors.AddressError("no address to start from")
     return found
+
+
+def _reputation_path(home: object, remember: object) -> Path | None:
+    """Raises:
+    TypeError: no path, or no truth value.
+    """
+    if not isinstance(home, str | PathLike | None):
+        raise TypeError(f"home is the path of a folder, not {type(home).__name__}")
+    if not isinstance(remember, bool):
+        raise TypeError(f"remember is True or False, not {type(remember).__name__}")
+    if not remember:
+        return None
+    return (console.data_folder() if home is None else Path(home)) / REPUTATION_FILE
 
 
 def _check_timeout(timeout_s: object) -> None:

@@ -155,8 +155,8 @@ class Reputation:
 
         Args:
             peer_id: who.
-            latency_s: how long that took; None where this says nothing about the next time. Give those of one kind,
-                of steps of one token, say.
+            latency_s: how long that took; None where this says nothing about the next time. Give those of one kind:
+                sessions give what a block took for a step of one token.
         """
         entry = self._seen(peer_id)
         entry.successes += 1.0

@@ -5,9 +5,10 @@ A token's way: ``generate`` -> ``forward`` -> embeddings -> session (chain of no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +20,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from client.choices import NO_CHOICES, Choices
 from client.drafting.base import Drafter
 from client.drafting.runner import make_model_drafter
 from client.errors import InvalidInput, UnknownModel
 from client.models.cache import SessionCache
 from client.models.contrastive import contrastive_search
+from client.models.local import LocalBlocks
 from client.models.saved import ModelMark, SavedSession
 from client.portal import Portal
+from client.pricing import Wishes
 from compute.bloom import Embeddings, Head, span_digest
 from compute.checkpoint import Checkpoint
 from compute.errors import CheckpointError
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from client.swarm import AsyncSwarm, ServedModel
+    from net.identity import PeerId
     from net.protocol.announcement import NodeAnnouncement
 
 IGNORED_LABEL = -100
@@ -67,6 +72,8 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         portal: Portal,
         accepts: Callable[[NodeAnnouncement], bool],
         weights: str | None,
+        choices: Choices = NO_CHOICES,
+        local: LocalBlocks | None = None,
     ) -> None:
         super().__init__(config)
         self._mark = ModelMark(model=served.name, digest=served.digest, weights=weights, blocks=served.n_blocks)
@@ -78,6 +85,8 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         self._swarm = swarm
         self._portal = portal
         self._accepts = accepts
+        self._choices = choices
+        self._local = () if local is None else (local,)  # no part of the module: nothing here is to be trained or moved
         self.requires_grad_(False)
         self.eval()
 
@@ -92,8 +101,22 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
             raise UnknownModel(f"the files of {self.served.name} hold no tokenizer; pass token ids to generate()")
         return self._tokenizer
 
+    @property
+    def wishes(self) -> Wishes:
+        """Which nodes its sessions may use, for which blocks."""
+        own = self._choices.local_blocks
+        return replace(self._choices.to_wishes(), start=own, end=self.served.n_blocks - own)
+
     def session(
-        self, *, max_length: int | None = None, wire: str = "auto", measures_error: bool = False
+        self,
+        *,
+        max_length: int | None = None,
+        wire: str = "auto",
+        measures_error: bool = False,
+        allow: Iterable[str | PeerId] | None = None,
+        block: Iterable[str | PeerId] | None = None,
+        pins: Mapping[tuple[int, int], str | PeerId] | None = None,
+        mixed_numerics: bool | None = None,
     ) -> SessionCache:
         """A session that keeps its tokens across calls: ``generate(ids, session=session)``.
 
@@ -106,10 +129,12 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
                 "bf16" or "int8" (in blocks of 64) for fewer bytes, and not quite the same values. Whichever it is,
                 tokens do not depend on nodes that fail.
             measures_error: find out what is lost on the way, for ``session.traffic``; that takes time.
+            allow, block, pins, mixed_numerics: as in ``swarm.model``, instead of what was said there.
 
         Raises:
-            InvalidInput: there is no such ``wire``, or ``max_length`` is not above 0.
+            TypeError, InvalidInput: options that cannot be, and what to do.
         """
+        choices = self._choices.changed(self.served.n_blocks, allow=allow, block=block, pins=pins, mixed=mixed_numerics)
         make = partial(
             self._swarm.session,
             self.served,
@@ -117,8 +142,9 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
             wire=wire,
             measures_error=measures_error,
             accepts=self._accepts,
+            choices=choices,
         )
-        return SessionCache(make, self._portal, self._mark)
+        return SessionCache(make, self._portal, self._mark, self._local[0] if self._local else None)
 
     def load_session(self, path: str | PathLike[str], **options: Any) -> SessionCache:
         """A session that goes on where one was saved with ``session.save(path)``; its ``ids`` are the tokens.
@@ -390,11 +416,18 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         return self.head.lm_head
 
 
-def load(name: str, served: Sequence[ServedModel], swarm: AsyncSwarm, portal: Portal) -> DistributedBloomForCausalLM:
+def load(
+    name: str, served: Sequence[ServedModel], swarm: AsyncSwarm, portal: Portal, **options: Any
+) -> DistributedBloomForCausalLM:
     """The model called ``name`` (or whose checkpoint is the folder ``name``), served by ``served``'s nodes.
 
+    Args:
+        name, options: see ``AsyncSwarm.model``.
+        served: models.
+        swarm, portal: through which it is used.
+
     Raises:
-        UnknownModel: see ``AsyncSwarm.model``.
+        UnknownModel, TypeError, InvalidInput: see ``AsyncSwarm.model``.
         CheckpointError: its files are damaged.
     """
     checkpoint = _local_files(name, served)
@@ -408,6 +441,7 @@ def load(name: str, served: Sequence[ServedModel], swarm: AsyncSwarm, portal: Po
                 f"{checkpoint.digest[:12]}: they are different models"
             )
         raise UnknownModel(f"nobody serves {checkpoint.name}; {_spell(served)}")
+    choices = Choices.read(match.n_blocks, **options)
     config_file = checkpoint.file("config.json")
     config = BloomConfig.from_json_file(str(config_file))
     generation_file = checkpoint.find_file("generation_config.json")
@@ -428,6 +462,8 @@ def load(name: str, served: Sequence[ServedModel], swarm: AsyncSwarm, portal: Po
         portal=portal,
         accepts=_weights_check(digests),
         weights=None if digests is None else span_digest(digests),
+        choices=choices,
+        local=LocalBlocks.load(checkpoint, choices.local_blocks) if choices.local_blocks else None,
     )
 
 

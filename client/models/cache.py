@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from client.drafting.base import Drafter
     from client.forms import HopTraffic
+    from client.models.local import LocalBlocks
     from client.session import Session
 
 
@@ -34,18 +35,27 @@ class SessionCache:
 
     is_compileable = False
 
-    def __init__(self, make: Callable[[], Awaitable[Session]], portal: Portal, mark: ModelMark) -> None:
+    def __init__(
+        self,
+        make: Callable[[], Awaitable[Session]],
+        portal: Portal,
+        mark: ModelMark,
+        local_blocks: LocalBlocks | None = None,
+    ) -> None:
         """Make a session.
 
         Args:
             make: how, and how its forks are made.
             portal: to where it lives.
             mark: of its model.
+            local_blocks: that are computed here, before and after the session's.
         """
         self._make = make
         self._session = portal.call(make)
         self._portal = portal
         self._mark = mark
+        self._local_blocks = local_blocks
+        self._local = None if local_blocks is None else local_blocks.session()
         self._closed = False
         self.drafter: Drafter | bool | None = None
         self._order: torch.Tensor | None = None  # [b], of rows, before the next step
@@ -81,12 +91,16 @@ class SessionCache:
         """Another session with the same tokens, which goes its own way: nothing is taken from this one.
 
         Its nodes get the tokens again with its first step; those that have this session share with it what they can.
+        Where some blocks are computed here, these compute them again, too: ``position`` is 0 before that.
 
         Raises:
             ClientError: the session or the swarm is closed.
         """
         self._check_open()
-        other = SessionCache(self._make, self._portal, self._mark)
+        other = SessionCache(self._make, self._portal, self._mark, self._local_blocks)
+        if self._local is not None:
+            other._begin_with(self.ids, self.pads)
+            return other
         other._ids, other._order, other._told = self._ids, self._order, self._told
         position = self.position
 
@@ -127,6 +141,9 @@ class SessionCache:
         ids = torch.tensor(saved.ids)  # [b, t]
         if not saved.position:
             return
+        if self._local is not None:
+            self._begin_with(ids, saved.pads)
+            return
         hidden = embed(ids[:, : saved.position])
 
         async def take() -> None:
@@ -134,6 +151,15 @@ class SessionCache:
 
         self._portal.call(take)
         self._ids, self._told = ids, ids[:, saved.position :]
+
+    def _begin_with(self, ids: torch.Tensor, pads: tuple[int, ...] | None) -> None:
+        """Have tokens of which nothing has been computed, here or by nodes: the first step is to have them all.
+
+        Shapes:
+            ids: [b, t]
+        """
+        self._session.pads = pads
+        self._ids, self._told = ids[:, :0], ids
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens whose keys and values the nodes hold (the name is transformers')."""
@@ -240,6 +266,7 @@ class SessionCache:
             Others: as ``Session.prepare``.
         """
         self._check_open()
+        self._session.expected = tokens
         self._portal.call(self._session.prepare, batch)
         room = self._session.max_length
         if tokens > room:
@@ -286,12 +313,22 @@ class SessionCache:
         before = self.position
         if every_block:
             self.stop_drafting()
+        local, order, first = self._local, None, hidden
         if self._runner is None:
             order = None if self._order is None else self._order.tolist()
-            output = self._portal.call(partial(self._session.step, hidden, order, keep=keep, every_block=every_block))
+            if local is not None:
+                first = local.first.run(hidden, before, order=order, pads=self.pads, every_block=every_block)
+                hidden = first[-1] if every_block else first  # [b, t, d]
+            # Where blocks follow here, they need all that was computed.
+            wanted = keep if local is None else None
+            output = self._portal.call(partial(self._session.step, hidden, order, keep=wanted, every_block=every_block))
             self._order = None
         else:
             output = self._portal.call(self._runner.step, ids[0].tolist(), before)
+        if local is not None:
+            hidden = output[-1] if every_block else output  # [b, t, d]
+            last = local.last.run(hidden, before, order=order, pads=self.pads, every_block=every_block)
+            output = torch.cat([first, output, last]) if every_block else last if keep is None else last[:, -keep:]
         kept = ids if self._ids is None or not before else torch.cat([self._ids[:, :before], ids], dim=1)
         self._ids = kept  # [b, position]
         return output
@@ -306,8 +343,14 @@ class SessionCache:
         """
         had = [] if self._ids is None else self._ids[0, : self.position].tolist()
 
+        def embed_here(tokens: Sequence[int]) -> torch.Tensor:
+            hidden = embed(tokens)  # [1, t, d]
+            if self._local is None:
+                return hidden
+            return self._local.first.run(hidden, self._session.position, pads=self.pads)  # [1, t, d]
+
         async def begin() -> DraftRunner:
-            return DraftRunner(self._session, embed, ids=had, limit=limit, model=model)
+            return DraftRunner(self._session, embed_here, ids=had, limit=limit, model=model)
 
         self._runner = self._portal.call(begin)
 

@@ -74,7 +74,7 @@ class Client:
             self._swarm = self._model = None
         began = time.monotonic()
         try:
-            self._swarm = client.connect(bootstrap)
+            self._swarm = client.connect(bootstrap, remember=False)
             connected = time.monotonic()
             self._model = self._swarm.model(model)
         except Exception as error:

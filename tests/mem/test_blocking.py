@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -28,11 +29,13 @@ from net.dht.service import Dht
 from net.errors import AddressError, DialError, PeerIdMismatch
 from net.host import open_host
 from net.identity import Identity
+from net.reputation import PRIOR_CHANCE, Reputation
 from tests.mem.conftest import Reference
 from tests.mem.swarms import ENGINE, generate
 
 T = TypeVar("T")
 PROMPT = torch.tensor([[40, 41, 90, 17]])
+PEER = str(Identity.generate(bytes(32)).peer_id)
 
 
 @asynccontextmanager
@@ -230,6 +233,8 @@ WRONG: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     ("", {"timeout_s": float("nan")}, InvalidInput, "timeout_s is nan"),
     ("", {"timeout_s": "5"}, TypeError, "timeout_s is a number of seconds, not str"),
     ("", {"timeout_s": None}, TypeError, "timeout_s is a number of seconds, not NoneType"),
+    ("/ip4/127.0.0.1/tcp/1/p2p/" + PEER, {"home": 3}, TypeError, "home is the path of a folder, not int"),
+    ("/ip4/127.0.0.1/tcp/1/p2p/" + PEER, {"remember": "no"}, TypeError, "remember is True or False, not str"),
 ]
 
 
@@ -241,6 +246,24 @@ def test_arguments_of_connect_that_make_no_sense(
         client.connect(bootstrap, **options)
     assert type(caught.value) is kind
     assert raceme_threads() == []
+
+
+def test_what_was_seen_of_nodes_is_kept_and_read_again(address: str, odd: Reference, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    options: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False}
+    with client.connect(address, home=home, remember=False) as swarm:
+        generate(swarm.model(str(odd.folder)), PROMPT, **options)
+    assert not home.exists()
+    with client.connect(address, home=home) as swarm:
+        generate(swarm.model(str(odd.folder)), PROMPT, **options)
+        [node] = {peer.announcement.peer_id for peer in swarm.peers()}
+    kept = home / "reputation.json"
+    assert kept.stat().st_mode & 0o777 == 0o600
+    known = Reputation(kept)
+    assert len(known) == 1
+    assert known.failure_chance(node) < PRIOR_CHANCE
+    with client.connect(address, home=str(home)) as swarm:
+        assert swarm._swarm.reputation.failure_chance(node) < PRIOR_CHANCE
 
 
 def test_spaces_around_an_address_and_names_that_are_none(address: str, odd: Reference) -> None:

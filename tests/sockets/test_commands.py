@@ -648,6 +648,7 @@ NUMBERS: dict[tuple[str, str], list[str]] = {
     ("generate", "--top-k"): [*FEW, "1048577"],
     ("generate", "--repetition-penalty"): ["0", "-2", "1e-300", "1e300"],
     ("generate", "--seed"): ["-1", "9223372036854775808", "x"],
+    ("generate", "--local-blocks"): ["-1", "513", "x"],
     ("serve", "--cache-tokens"): [*FEW, "1073741825"],
     ("serve", "--max-length"): [*FEW, str(session.MAX_LENGTH + 1)],
     ("serve", "--max-blocks"): [*FEW, str(announcement.MAX_BLOCKS + 1)],
@@ -711,6 +712,39 @@ def test_verbose_says_what_hidden_states_take(
     for hop in outcome.json["route"]:
         line = rf"blocks {hop['start']}:{hop['end']} at {hop['peer_id']}: in: {taken}, out: {taken}"
         assert re.search(line, outcome.errors), outcome.errors[-2000:]
+
+
+def test_nodes_that_are_named_and_blocks_that_are_computed_here(
+    relay: str, nodes: list[dict[str, Any]], tmp_path: Path, failing: Raceme
+) -> None:
+    command = (*generate(relay, "bloom-tiny"), "--max-new-tokens", "24")
+    peers = [node["peer_id"] for node in nodes]
+    allowed = [option for peer in peers for option in ("--allow", peer)]
+    pinned = f"{nodes[0]['start']}:{nodes[0]['start'] + 1}={peers[0]}"
+    outcome = run(tmp_path, *command, "--json", *allowed, "--pin", pinned, "--local-blocks", "1")
+    assert (outcome.status, outcome.errors) == (0, "")
+    assert outcome.json["ids"] == tiny_tokens(PROMPT, 24)
+    assert [outcome.json["route"][0]["start"], outcome.json["route"][-1]["end"]] == [1, 7]
+    blocked = [option for peer in peers for option in ("--block", peer)]
+    assert "are served by peers alone that are not to be used" in failing(*command, *blocked)
+    assert "local_blocks is 4: give 0 to 3" in failing(*command, "--local-blocks", "4")
+    assert "twice" in failing(*command, "--pin", f"0:1={peers[0]}", "--pin", f"0:1={peers[0]}")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--allow", "me", "'me' is no PeerId: give what raceme status shows"),
+        ("--block", "\udcff", "is no PeerId"),
+        ("--pin", "0-4=me", "is not START:END=PEER, such as 0:4=12D3Koo..."),
+        ("--pin", "0:4=me", "'me' is no PeerId"),
+    ],
+)
+def test_peers_that_are_none(option: str, value: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        client.cli.main((*generate("anywhere", "bloom-tiny"), option, value))
+    assert caught.value.code == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_sampling_can_be_repeated(relay: str, nodes: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:

@@ -130,7 +130,15 @@ class SimNode:
 class World:
     """Carries out what a core wants, in any order that a network could."""
 
-    def __init__(self, seed: int, *, rows: int = 1, spans: Sequence[tuple[int, int]] = (), push: bool = True) -> None:
+    def __init__(
+        self,
+        seed: int,
+        *,
+        rows: int = 1,
+        spans: Sequence[tuple[int, int]] = (),
+        push: bool = True,
+        moves: bool = False,
+    ) -> None:
         self.random = random.Random(seed)
         self.prefixes = Prefixes()
         self.journal = ListJournal(rows, self.prefixes)
@@ -139,10 +147,17 @@ class World:
             SimNode(replace(offer(PEERS[index], *span), round_trips=dict.fromkeys(chance.sample(PEERS, 4), 0.01)))
             for index, span in enumerate(spans)
         ]
-        self.core = SessionCore(self.journal, self._choose, push=push)
+        self.core = SessionCore(
+            self.journal,
+            self._choose,
+            push=push,
+            better=self._better if moves else None,
+            better_every_s=lambda: self.random.random() * 0.1,
+        )
         self.now = 0.0
         self.sessions: dict[int, SimSession] = {}
         self.peers: dict[int, PeerId] = {}
+        self.closed: set[int] = set()
         # What is on its way, in order for each way: to a leg from the client (key), from a leg to another (key, key).
         self.ways: dict[Any, deque[Any]] = {}
         self.faults = 0
@@ -178,6 +193,18 @@ class World:
             block = stop
         return hops
 
+    def _better(
+        self, nodes: Sequence[NodeAnnouncement], old: Sequence[Hop], *, avoid: Mapping[PeerId, str]
+    ) -> list[Hop] | None:
+        """Now and then any other hops."""
+        numerics = old[0].node.numerics
+        if self.random.random() < 0.3:
+            return None
+        try:
+            return self._choose(nodes, 0, BLOCKS, avoid=avoid, numerics=numerics, before=None, after=None)
+        except MissingBlocks:
+            return None
+
     # The world goes on
 
     def act(self) -> None:
@@ -192,8 +219,9 @@ class World:
                     self.sessions[leg] = SimSession(action.hop.start, action.hop.end)
                     self._way(leg).append(action)
                 case core.Close(leg=leg):
-                    if leg in self.sessions:
-                        self.sessions[leg].gone = True
+                    assert leg not in self.closed
+                    self.closed.add(leg)
+                    self.sessions[leg].gone = True
                 case core.Send(leg=leg):
                     payload = action.payload
                     if payload is None:

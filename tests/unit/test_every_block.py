@@ -37,7 +37,7 @@ def test_all_or_an_error(given_pieces: list[tuple[int, int, torch.Tensor]], posi
     if end <= position:
         return
     if bool(covered[:, position:end].all()):
-        assert torch.equal(found.gathered(BLOCKS, end), ALL[:, :, position:end])
+        assert torch.equal(found.gathered(range(BLOCKS), end), ALL[:, :, position:end])
     else:
         with pytest.raises(SessionFailed, match="hidden states after block"):
-            found.gathered(BLOCKS, end)
+            found.gathered(range(BLOCKS), end)

@@ -18,7 +18,7 @@ def live(seed: int, *, fault_chance: float = 0.1, push: bool = True) -> tuple[in
     chance = random.Random(seed)
     rows = chance.choice([1, 1, 1, 2, 3])
     spans = chance.sample(ALL, chance.randint(4, len(ALL)))
-    world = World(seed, rows=rows, spans=[*spans, (0, 2), (2, 4)], push=push)
+    world = World(seed, rows=rows, spans=[*spans, (0, 2), (2, 4)], push=push, moves=seed % 3 == 0)
     errors = 0
     max_faults = chance.choice([0, 1, 2, 4, 8])
     for _ in range(chance.randint(3, 10)):
@@ -66,3 +66,22 @@ def test_nobody_to_go_on_with() -> None:
     error = world.run_until_done()
     assert isinstance(error, MissingBlocks)
     assert world.now < 1.0
+
+
+def seconds_of_steps(*, push: bool) -> list[float | None]:
+    world = World(3, spans=[(0, 2), (2, 4)], push=push)
+    for count in (3, *[1] * 40):
+        position = world.journal.end
+        world.journal.add([[1]] * count)
+        world.core.want(position)
+        assert world.run_until_done() is None
+        world.core.took(world.journal.end)
+    assert {success.peer_id for success in world.core.successes} == {node.offer.peer_id for node in world.nodes}
+    return [success.seconds for success in world.core.successes]
+
+
+def test_what_a_step_says_of_one_node() -> None:
+    found = seconds_of_steps(push=False)
+    assert all(seconds is not None and 0 < seconds < 1 for seconds in found)
+    together = seconds_of_steps(push=True)  # what several nodes took says nothing about one of them
+    assert None in together

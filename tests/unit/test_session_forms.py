@@ -43,6 +43,18 @@ def test_what_is_asked_for_is_used_at_the_first_chains_cuts_alone() -> None:
     assert (forms.into(hop(1, 2, "bfloat16")), forms.out_of(hop(1, 2, "bfloat16"))) == (Form.BFLOAT16, Form.INT8)
 
 
+def test_a_session_moves_only_to_hops_that_are_cut_alike() -> None:
+    forms, plain = SessionForms("int8"), SessionForms()
+    assert forms.allow([hop(0, 4)])  # nothing has been sent yet
+    for each in (forms, plain):
+        each.settle([hop(0, 2), hop(2, 4)])
+    assert forms.allow([hop(0, 2), hop(2, 4)])
+    assert forms.allow([hop(0, 1), hop(1, 2), hop(2, 4)])  # what is handed on at 1 loses nothing
+    assert not forms.allow([hop(0, 4)])
+    assert not forms.allow([hop(0, 1), hop(1, 4)])
+    assert plain.allow([hop(0, 4)])
+
+
 @pytest.mark.parametrize("wire", ["int8", "auto"])
 def test_nodes_are_chosen_within_the_cuts(wire: str) -> None:
     calls: list[tuple[int, int, Any, Any, Any]] = []
