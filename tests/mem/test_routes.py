@@ -97,7 +97,7 @@ def announce_speed(swarm: TestSwarm, speeds: dict[PeerId, float], monkeypatch: p
 async def test_a_session_moves_to_a_much_faster_node(
     odd: Reference, spans: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client.session, "BETTER_EVERY_S", (0.0, 0.0))
+    monkeypatch.setattr(client.session, "BETTER_EVERY_S", (0.02, 0.02))
     monkeypatch.setattr(client.directory, "RECENT_S", 0.0)
     async with swarm_of(odd.folder, spans) as swarm:
         slow = [node.peer_id for node in swarm.nodes]
@@ -128,7 +128,7 @@ async def test_a_session_moves_to_a_much_faster_node(
 
 
 async def test_a_session_stays_where_others_are_no_better(odd: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client.session, "BETTER_EVERY_S", (0.0, 0.0))
+    monkeypatch.setattr(client.session, "BETTER_EVERY_S", (0.02, 0.02))
     monkeypatch.setattr(client.directory, "RECENT_S", 0.0)
     async with swarm_of(odd.folder, [(0, 2), (2, 5), (0, 2), (2, 5), (0, 5)]) as swarm:
         announce_speed(swarm, {node.peer_id: 20.0 + number for number, node in enumerate(swarm.nodes)}, monkeypatch)
