@@ -172,6 +172,7 @@ class SessionCache:
         if self._runner is None:
             order = None if self._order is None else self._order.tolist()
             if self._local is not None:
+                self._portal.call(self._session.prepare, hidden.shape[0])  # refuses other rows than it has
                 hidden = self._local.first.run(hidden, before, order=order, pads=self.pads)  # [b, t, d]
             # Where blocks follow here, they need all that was computed.
             wanted = keep if self._local is None else None
