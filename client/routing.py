@@ -42,6 +42,7 @@ __all__ = [
     "Pin",
     "Share",
     "Wishes",
+    "as_they_are",
     "better_chain",
     "choose_chain",
     "fill",
@@ -172,8 +173,7 @@ def better_chain(
         avoid, wishes, measured: as in ``choose_chain``. ``kept`` is taken from ``old``, and so are the numerics.
     """
     offered = list(nodes)
-    now = {node.peer_id: node for node in offered}
-    current = [replace(hop, node=_as_it_is(hop, now.get(hop.node.peer_id))) for hop in old]
+    current = as_they_are(old, offered)
     listed = dict.fromkeys([*offered, *(hop.node for hop in current)])
     going_on = replace(wishes, kept=tuple(current), numerics=old[0].node.numerics)
     try:
@@ -181,6 +181,12 @@ def better_chain(
     except MissingBlocks:
         return None
     return new if is_clearly_better(new, current, wishes=going_on, measured=measured) else None
+
+
+def as_they_are(old: Sequence[Hop], nodes: Iterable[NodeAnnouncement]) -> list[Hop]:
+    """The hops of a chain with what their nodes announce now, as in :func:`better_chain`."""
+    now = {node.peer_id: node for node in nodes}
+    return [replace(hop, node=_as_it_is(hop, now.get(hop.node.peer_id))) for hop in old]
 
 
 def _as_it_is(hop: Hop, now: NodeAnnouncement | None) -> NodeAnnouncement:

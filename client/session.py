@@ -26,7 +26,7 @@ from client.journal import DECODE_TOKENS, Journal
 from client.legs import FindNodes, Leg
 from client.nearness import Nearness
 from client.pricing import NOTHING_MEASURED, OVERHEAD_S, step_s
-from client.routing import Hop, Measurements, Wishes, better_chain, choose_chain, seconds_per_token
+from client.routing import Hop, Measurements, Wishes, as_they_are, better_chain, choose_chain, seconds_per_token
 from client.session_core import SessionCore
 from compute.errors import BadInput
 from compute.wire_forms import CODEC, from_message
@@ -575,7 +575,7 @@ class Session:
         # What we have computed there ourselves is a part of what waits there, on average.
         others = {node.peer_id: max(0.0, node.waiting - 1.0) for node in nodes if node.peer_id in own}
         measured = replace(measured, waiting=others)
-        token_s = seconds_per_token(old, measured=measured)
+        token_s = seconds_per_token(as_they_are(old, nodes), measured=measured)
         left = self.expected - self._journal.end
         wishes = replace(
             wishes,

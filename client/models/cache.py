@@ -317,6 +317,7 @@ class SessionCache:
         if self._runner is None:
             order = None if self._order is None else self._order.tolist()
             if local is not None:
+                self._portal.call(self._session.prepare, hidden.shape[0])  # refuses other rows than it has
                 first = local.first.run(hidden, before, order=order, pads=self.pads, every_block=every_block)
                 hidden = first[-1] if every_block else first  # [b, t, d]
             # Where blocks follow here, they need all that was computed.

@@ -13,6 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from client.errors import InvalidInput
 from client.journal import DECODE_TOKENS
 from compute.bloom import BloomSpan
 from compute.cache import KVCache, SlotMemory
@@ -36,12 +37,18 @@ class LocalBlocks:
 
         Raises:
             CheckpointError: as ``Checkpoint.load_span``.
+            InvalidInput: this machine cannot compute them.
         """
         n_blocks = checkpoint.n_blocks
-        return cls(
-            first=checkpoint.load_span(0, count, linear=LINEAR),
-            last=checkpoint.load_span(n_blocks - count, n_blocks, linear=LINEAR),
-        )
+        try:
+            return cls(
+                first=checkpoint.load_span(0, count, linear=LINEAR),
+                last=checkpoint.load_span(n_blocks - count, n_blocks, linear=LINEAR),
+            )
+        except RuntimeError as error:
+            raise InvalidInput(
+                f"this machine cannot compute blocks itself ({error}): leave local_blocks out"
+            ) from error
 
     def session(self) -> LocalSession:
         """For one session, which begins empty."""

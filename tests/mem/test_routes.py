@@ -242,7 +242,11 @@ async def test_a_session_with_blocks_here_goes_back_and_on(odd: Reference) -> No
                     assert greedy(model, prompt, 5, session=session) == greedy(odd.model, prompt, 5)
                 assert [(start, end) for _, start, end in session.route] == [(1, 3), (3, 4)]
                 session.position = 3
-                assert greedy(model, ids, 5, session=session) == greedy(odd.model, ids, 5)
+                expected = greedy(odd.model, ids, 5)
+                assert greedy(model, ids, 3, session=session) == greedy(odd.model, ids, 3)
+                with pytest.raises(InvalidInput, match="the session has 1 rows, not 2"):
+                    model(torch.cat([PROMPT, PROMPT]), past_key_values=session)
+                assert greedy(model, ids, 5, session=session) == expected
 
         await blocking(back_and_on)
         mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
