@@ -828,8 +828,8 @@ class SessionCore:
             if wanted and (leg.peer_id, following.peer_id) not in self._unlinked:
                 leg.link_asked, leg.link_asked_at = True, now
                 self._actions.append(Link(leg=leg.key, following=following.key))
-                if not leg.tokens and _know_each_other(leg.hop.node, following.hop.node):
-                    leg.linked_to = following.key  # the first steps need not wait for their saying so
+                if not self._computed and _know_each_other(leg.hop.node, following.hop.node):
+                    leg.linked_to = following.key  # the first steps need not wait for their saying so; later ones may
 
     def _unlink(self, leg: LegState, now: float) -> None:
         leg.linked_to, leg.link_asked = None, False
