@@ -40,6 +40,7 @@ import enum
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 import torch
@@ -94,7 +95,7 @@ class Form(enum.StrEnum):
         """
         return sum(part.n_bytes for part in self.parts(shape))
 
-    def parts(self, shape: Sequence[int]) -> list[Part]:
+    def parts(self, shape: Sequence[int]) -> Sequence[Part]:
         """What these bytes are made of. Raises: as :meth:`n_bytes`."""
         if (
             not isinstance(shape, (list, tuple))
@@ -102,14 +103,20 @@ class Form(enum.StrEnum):
             or any(type(size) is not int or size < 1 for size in shape)
         ):
             raise BadInput("bad-shape", f"hidden states are [b, t, d], none of them 0, not {shape!r:.100}")
-        count = math.prod(shape)
-        if self is Form.INT8:
-            parts = [Part(count, 1), Part(count // shape[2] * _blocks(shape[2]), _SCALE_BYTES)]
-        else:
-            parts = [Part(count, _DTYPES[self].itemsize)]
-        if (size := sum(part.n_bytes for part in parts)) > MAX_PLAIN_BYTES:
-            raise BadInput("bad-shape", f"hidden states of {size} bytes: at most {MAX_PLAIN_BYTES} travel in one piece")
-        return parts
+        return _parts(self, tuple(shape))
+
+
+@lru_cache(maxsize=64)  # most steps are alike
+def _parts(form: Form, shape: tuple[int, ...]) -> Sequence[Part]:
+    """Of a shape that has been checked."""
+    count = math.prod(shape)
+    if form is Form.INT8:
+        parts = [Part(count, 1), Part(count // shape[2] * _blocks(shape[2]), _SCALE_BYTES)]
+    else:
+        parts = [Part(count, _DTYPES[form].itemsize)]
+    if (size := sum(part.n_bytes for part in parts)) > MAX_PLAIN_BYTES:
+        raise BadInput("bad-shape", f"hidden states of {size} bytes: at most {MAX_PLAIN_BYTES} travel in one piece")
+    return parts
 
 
 _DTYPES: Final = {Form.FLOAT32: torch.float32, Form.FLOAT16: torch.float16, Form.BFLOAT16: torch.bfloat16}
@@ -340,9 +347,8 @@ class Sender:
 
         Raises: as that.
         """
-        plain_bytes = self.form.n_bytes(hidden.shape)
         choice = self._choice
-        if choice is not None and choice.wants(plain_bytes, link_bytes_per_s):
+        if choice is not None and choice.wants(self.form.n_bytes(hidden.shape), link_bytes_per_s):
             fields, data = self._compressed(hidden, choice)
         else:
             fields, data = encode(hidden, self.form)
