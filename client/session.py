@@ -116,7 +116,6 @@ class Session:
         self._ended = trio.Event()
         self._timer = trio.CancelScope()
         self._changed = trio.Event()
-        self._is_due = False  # whether something has changed from which nothing has followed yet
         self._bug: BaseException | None = None
         self.batch: int | None = None
         self.pads: tuple[int, ...] | None = None
@@ -144,7 +143,6 @@ class Session:
         try:
             session = await self._awake()
             session.want_chain()
-            self._is_due = True
             await self._until(lambda: session.ready)
         except BaseException:
             if not self.position:
@@ -303,7 +301,6 @@ class Session:
 
     def stop(self) -> None:
         """Wait for nothing any more."""
-        self._is_due = True
         if self._core is not None:
             self._core.stop()
 
@@ -315,7 +312,6 @@ class Session:
         """
         if not 0 <= position <= self.position:
             raise InvalidInput(f"cannot go back to {position}: the session has {self.position} tokens")
-        self._is_due = True
         self._journal.cut(position)
         if self._core is not None:
             self._core.cut(position)
@@ -373,7 +369,6 @@ class Session:
             )
             session.mixed = self._choices.mixed_numerics
             self._scope, self._ended, self._bug, self._nursery = trio.CancelScope(), trio.Event(), None, None
-            self._is_due = True
             try:
                 self._nursery = await self._parent.start(self._run, self._scope, self._ended)
             except BaseException:
@@ -410,8 +405,7 @@ class Session:
         """
         session = self._core
         while session is not None:
-            if self._is_due:
-                self._go_on()
+            self._go_on()
             if self._bug is not None:
                 raise self._bug
             if condition():
@@ -430,7 +424,6 @@ class Session:
         session, nursery = self._core, self._nursery
         if session is None or nursery is None:
             return
-        self._is_due = False
         now = trio.current_time()
         for action in session.advance(now):
             self._carry_out(action, nursery)
