@@ -15,6 +15,7 @@ import client.session
 import client.session_core
 from client.errors import InvalidInput, MissingBlocks
 from client.models.cache import SessionCache
+from client.swarm import AsyncSwarm
 from net.identity import Identity, PeerId
 from net.protocol.announcement import NodeAnnouncement
 from tests.mem.conftest import Reference
@@ -321,3 +322,20 @@ async def test_blocks_here_are_too_many(odd: Reference) -> None:
     async with swarm_of(odd.folder, [(0, 5)]) as swarm:
         with pytest.raises(InvalidInput, match="local_blocks is 3: give 0 to 2"):
             await swarm.client.model(str(odd.folder), local_blocks=3)
+
+
+async def test_a_model_reaches_out_to_the_nodes_that_it_may_use(
+    odd: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their connections are there when the first session needs them."""
+    reached: list[tuple[int, int]] = []
+
+    async def connect(_: AsyncSwarm, node: NodeAnnouncement) -> None:
+        reached.append((node.start, node.end))
+        await trio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(AsyncSwarm, "_try_to_connect", connect)
+    async with swarm_of(odd.folder, [(0, 2), (2, 5), (0, 5)]) as swarm:
+        await swarm.client.model(str(odd.folder), block=[str(swarm.nodes[2].peer_id)])
+        await until(lambda: len(reached) == 2)
+        assert sorted(reached) == [(0, 2), (2, 5)]
