@@ -24,6 +24,7 @@ from compute.cache import KVCache, SlotMemory
 from compute.errors import BadInput, BadOutput, OutOfCache
 from compute.estimates import Kind
 from compute.slots import Change, Place, Slot
+from compute.tuning import SpanTuning
 
 _log = logging.getLogger(__name__)
 # How torch says that memory is out on the CPU, where it has no error of its own for it.
@@ -44,6 +45,7 @@ class Work:
         hidden: What comes in, on the CPU in any float: [b, t, d]; without tokens that a prefix covers.
         position: Of its first token.
         gradient: For backward: that of the output, [b, t, d].
+        tuning: For training: what is added within these blocks, and no others.
         order: For a session whose rows change places: which row each one was before, [b].
         pads: How many tokens of padding each row begins with, [b]; ``None`` if none has any.
         every_block: The result is what each block gives.
@@ -54,6 +56,7 @@ class Work:
             block: one [n, b, t, d], for all of them.
         between: What goes from one pass to the next; for backward the inputs of blocks, the last one's last.
         upstream: For backward: the gradient so far.
+        tuning_gradient: For backward with a tuning: that of the sequences so far, in one piece, [n], float32.
     """
 
     kind: Kind
@@ -61,6 +64,7 @@ class Work:
     hidden: Tensor
     position: int = 0
     gradient: Tensor | None = None
+    tuning: SpanTuning | None = None
     order: Tensor | None = None
     pads: Tensor | None = None
     every_block: bool = False
@@ -70,6 +74,7 @@ class Work:
     outputs: list[Tensor] = field(default_factory=list)
     between: list[Tensor] = field(default_factory=list)
     upstream: Tensor | None = None
+    tuning_gradient: Tensor | None = None
 
     @property
     def passes(self) -> int:
@@ -241,6 +246,10 @@ class Runner:
         for values in (work.hidden, work.gradient):
             if values is not None and not _finite(values):
                 raise _bad_input(values)
+        if work.tuning is not None:
+            for name, tensor in work.tuning.tensors.items():
+                if not _finite(tensor):
+                    raise BadInput("not-finite", f"NaN or infinity in {name} of the tuning")
         work.outputs = []
         if work.prefix and work.place is not None and work.place.shared_slot is not None:
             kept = self._memory[work.place.shared_slot].outputs
@@ -264,7 +273,7 @@ class Runner:
         elif work.kind is Kind.DECODE and cache is not None:
             hidden = span.decode(hidden, cache, position)  # [b, t, d]
         else:
-            hidden = span(hidden, cache, position, piece.first, piece.last)  # [b, c, d] or [c, t, d]
+            hidden = span(hidden, cache, position, piece.first, piece.last, work.tuning)  # [b, c, d] or [c, t, d]
         if piece.last < len(span):
             work.between.append(hidden)
             return
@@ -304,19 +313,25 @@ def _backward(piece: Piece) -> None:
     if piece.first == 0:
         part = work.hidden.narrow(0, piece.start, count)  # [c, t, d]
         work.between = [part.to(device=span.device, dtype=span.dtype, copy=True)]
+        if work.tuning is not None and piece.start == 0:
+            work.tuning_gradient = torch.zeros(sum(tensor.numel() for tensor in work.tuning.tensors.values()))  # [n]
     biases: dict[torch.device, Tensor] = {}
 
-    def run(index: int, hidden: Tensor) -> Tensor:
+    def run(index: int, hidden: Tensor, tuning: SpanTuning | None) -> Tensor:
         """[c, t, d], on the block's device, to [c, t, d]."""
         if hidden.device not in biases:
             biases[hidden.device] = span.bias(hidden, 0)  # [1, h, t, t]
-        output: Tensor = span.blocks[index](hidden, biases[hidden.device])
+        bias = biases[hidden.device]
+        if tuning is not None:
+            return span.tuned(index, hidden, bias, None, 0, tuning)
+        output: Tensor = span.blocks[index](hidden, bias)
         return output
 
     for index in range(piece.first, min(piece.last, blocks)):  # the last entry is the input of block ``index``
         if index < blocks - 1:
             with torch.no_grad():
-                work.between.append(span.place(run(index, work.between[-1]), index + 1))  # [c, t, d]
+                output = run(index, work.between[-1], work.tuning)  # [c, t, d]
+                work.between.append(span.place(output, index + 1))  # [c, t, d]
     for number in range(max(piece.first, blocks), piece.last):
         if number == blocks:
             part = work.gradient.narrow(0, piece.start, count)  # [c, t, d]
@@ -325,13 +340,28 @@ def _backward(piece: Piece) -> None:
             raise ValueError("backward cannot begin halfway")
         index = 2 * blocks - 1 - number
         leaf = work.between.pop().requires_grad_(True)  # [c, t, d]
+        tuning = None if work.tuning is None else work.tuning.leaves(span.start + index)
         with torch.enable_grad():
-            output = run(index, leaf)  # [c, t, d]
-            (work.upstream,) = torch.autograd.grad(output, leaf, span.place(work.upstream, index))  # [c, t, d]
+            output = run(index, leaf, tuning)  # [c, t, d]
+            leaves = [leaf] if tuning is None else [leaf, *tuning.tensors.values()]
+            work.upstream, *others = torch.autograd.grad(output, leaves, span.place(work.upstream, index))
+        _add_up(work, index, others)
     if piece.last == 2 * blocks and work.upstream is not None:
         if not _finite(work.upstream):
             raise _bad_output(work.upstream)
+        if work.tuning_gradient is not None and not _finite(work.tuning_gradient):
+            raise BadOutput("the model gave NaN or infinity in the gradient of the tuning")
         work.outputs.append(work.upstream.to(device="cpu", dtype=work.hidden.dtype))
+
+
+def _add_up(work: Work, index: int, gradients: Sequence[Tensor]) -> None:
+    """Add some sequences' gradients of a block's tuning to those before: always the same sequences in the same order,
+    hence the same bits.
+    """
+    if work.tuning_gradient is None or not gradients:
+        return
+    flat = torch.cat([each.reshape(-1) for each in gradients])  # [n of a block]
+    work.tuning_gradient.narrow(0, index * len(flat), len(flat)).add_(flat)
 
 
 def _finite(values: Tensor) -> bool:

@@ -41,10 +41,11 @@ from compute.scheduler import Batch, Job, Scheduler, Slice, State, Ticket
 from compute.slots import Change, NoRoom, Slots
 from compute.tensors import tensor_bytes
 from compute.thread import ModelThread
+from compute.tuning import Gradients, SpanTuning
 from compute.watcher import Watcher
 from net.nurseries import open_service_nursery
 
-__all__ = ["Engine", "EngineSettings", "EngineStats"]
+__all__ = ["Engine", "EngineSettings", "EngineStats", "Gradients"]
 
 _log = logging.getLogger(__name__)
 _EXPIRE_S: Final = 5.0  # between looks for sessions that nobody uses
@@ -351,7 +352,13 @@ class Engine:
         return work.result()
 
     async def forward(
-        self, hidden: Tensor, *, peer: Hashable = None, start: int | None = None, end: int | None = None
+        self,
+        hidden: Tensor,
+        *,
+        peer: Hashable = None,
+        start: int | None = None,
+        end: int | None = None,
+        tuning: SpanTuning | None = None,
     ) -> Tensor:
         """Run whole sequences, and keep nothing: half of a training step.
 
@@ -360,19 +367,21 @@ class Engine:
             peer: On whose account.
             start: As in :meth:`open_session`.
             end: Likewise.
+            tuning: What is added within these blocks, and within others perhaps. Do not change it until this returns.
 
         Shapes:
             hidden: [b, t, d]
             returns: [b, t, d]
 
         Raises:
-            BadInput, EngineBusy, BadOutput, EngineStopped: As :meth:`step`.
+            BadInput, EngineBusy, BadOutput, EngineStopped: As :meth:`step`. ``bad-value`` is also a tuning of other
+                blocks, ``bad-shape`` one of another model, ``not-finite`` one with NaN or infinity.
             OutOfCache: There is no memory.
 
         Cancellation:
             What runs is finished and dropped.
         """
-        return await self._train(Kind.FORWARD, hidden, None, peer, start, end)
+        return (await self._train(Kind.FORWARD, hidden, None, peer, start, end, tuning)).result()
 
     async def backward(
         self,
@@ -382,8 +391,12 @@ class Engine:
         peer: Hashable = None,
         start: int | None = None,
         end: int | None = None,
-    ) -> Tensor:
-        """The gradient with respect to the input; the way forward is run again.
+        tuning: SpanTuning | None = None,
+    ) -> Gradients:
+        """The gradients with respect to the input and the tuning; the way forward is run again.
+
+        The same call gives the same bits, whatever else there is to do: how many sequences run at once depends on
+        their number and length alone.
 
         Args:
             hidden: What :meth:`forward` was given.
@@ -391,19 +404,20 @@ class Engine:
             peer: On whose account.
             start: As in :meth:`open_session`.
             end: Likewise.
+            tuning: As in :meth:`forward`.
 
         Shapes:
             hidden, gradient: [b, t, d]
-            returns: [b, t, d]
 
         Raises:
-            BadInput, EngineBusy, BadOutput, EngineStopped: As :meth:`step`.
+            BadInput, EngineBusy, BadOutput, EngineStopped: As :meth:`forward`.
             OutOfCache: There is no memory.
 
         Cancellation:
             What runs is finished and dropped.
         """
-        return await self._train(Kind.BACKWARD, hidden, gradient, peer, start, end)
+        work = await self._train(Kind.BACKWARD, hidden, gradient, peer, start, end, tuning)
+        return Gradients(hidden=work.result(), tuning=work.tuning_gradient)
 
     async def close_session(self, session: int) -> None:
         """Free a session's cache, after the steps that wait already. An unknown session is no error.
@@ -476,8 +490,15 @@ class Engine:
             raise BadInput("too-long", f"{tokens} tokens after {len(opened.span)} blocks each; at most {most} in all")
 
     async def _train(
-        self, kind: Kind, hidden: Tensor, gradient: Tensor | None, peer: Hashable, start: int | None, end: int | None
-    ) -> Tensor:
+        self,
+        kind: Kind,
+        hidden: Tensor,
+        gradient: Tensor | None,
+        peer: Hashable,
+        start: int | None,
+        end: int | None,
+        tuning: SpanTuning | None,
+    ) -> Work:
         self._check_running()
         span = self._part(start, end)
         check_hidden(hidden, None, self.span.config.hidden_size)
@@ -487,10 +508,19 @@ class Engine:
             raise BadInput("too-long", f"{rows} sequences of {tokens} tokens, at most {most} are served")
         if gradient is not None and (gradient.shape, gradient.dtype) != (hidden.shape, hidden.dtype):
             raise BadInput("bad-shape", f"a gradient of shape {list(gradient.shape)} for {list(hidden.shape)}")
-        work = Work(kind=kind, span=span, hidden=hidden, gradient=gradient)
+        mine = None if tuning is None else self._tuning_of(tuning, span)
+        work = Work(kind=kind, span=span, hidden=hidden, gradient=gradient, tuning=mine)
         job = Job(peer=peer, session=object(), kind=kind, units=rows, unit_tokens=tokens, passes=work.passes)
         await self._submit(job, _Request(work=work))
-        return work.result()
+        return work
+
+    def _tuning_of(self, tuning: SpanTuning, span: BloomSpan) -> SpanTuning:
+        """What is added within a span's blocks."""
+        tuning.check(self.span.config)
+        if not tuning.start <= span.start < span.end <= tuning.end:
+            blocks = f"[{tuning.start}, {tuning.end}) for [{span.start}, {span.end})"
+            raise BadInput("bad-value", f"a tuning of blocks {blocks}")
+        return tuning.part(span.start, span.end)
 
     # Prefixes
 

@@ -36,6 +36,7 @@ from compute.bloom.alibi import alibi_bias, slopes
 from compute.bloom.config import BloomConfig
 from compute.bloom.gelu import gelu
 from compute.bloom.segments import EagerSegments, Graphs, Segments
+from compute.bloom.tuned import Additions, Tuning
 from compute.linear import FrozenLinear
 
 SINGLY_TOKENS: Final = 32  # of all rows: up to so many rows are independent, and a decode step has no more
@@ -89,11 +90,22 @@ class BloomAttention(nn.Module):
         self.query_key_value: nn.Module = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense: nn.Module = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden: Tensor, bias: Tensor, cache: SpanCache | None, index: int, position: int) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        bias: Tensor,
+        cache: SpanCache | None,
+        index: int,
+        position: int,
+        added: Additions | None = None,
+    ) -> Tensor:
         """Attend; see :meth:`BloomBlock.forward` for the arguments."""
-        merged = self.attend(self.query_key_value(hidden), bias, cache, index, position)  # [b, t, d]
+        fused: Tensor = self.query_key_value(hidden)  # [b, t, 3d]
+        if added is not None:
+            fused = added.add("query_key_value", hidden, fused)  # [b, t, 3d]
+        merged = self.attend(fused, bias, cache, index, position)  # [b, t, d]
         output: Tensor = self.dense(merged)  # [b, t, d]
-        return output
+        return output if added is None else added.add("dense", merged, output)  # [b, t, d]
 
     def attend(self, fused: Tensor, bias: Tensor, cache: SpanCache | None, index: int, position: int) -> Tensor:
         """What lies between the two linear layers; each row by itself, and of a short step each token.
@@ -129,16 +141,19 @@ class BloomMLP(nn.Module):
         self.dense_h_to_4h: nn.Module = nn.Linear(config.hidden_size, 4 * config.hidden_size)
         self.dense_4h_to_h: nn.Module = nn.Linear(4 * config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, added: Additions | None = None) -> Tensor:
         """Widen, bend, narrow.
 
         Shapes:
             hidden: [..., d]
             returns: [..., d]
         """
-        wide = gelu(self.dense_h_to_4h(hidden))  # [..., 4d]
+        wide: Tensor = self.dense_h_to_4h(hidden)  # [..., 4d]
+        if added is not None:
+            wide = added.add("dense_h_to_4h", hidden, wide)  # [..., 4d]
+        wide = gelu(wide)  # [..., 4d]
         output: Tensor = self.dense_4h_to_h(wide)  # [..., d]
-        return output
+        return output if added is None else added.add("dense_4h_to_h", wide, output)  # [..., d]
 
 
 class BloomBlock(nn.Module):
@@ -160,6 +175,7 @@ class BloomBlock(nn.Module):
         cache: SpanCache | None = None,
         index: int = 0,
         position: int = 0,
+        added: Additions | None = None,
     ) -> Tensor:
         """Run the block on ``t`` new tokens.
 
@@ -170,6 +186,7 @@ class BloomBlock(nn.Module):
                 ``None``, together with position 0, for a whole sequence.
             index: This block's index in the cache.
             position: Index of the first new token.
+            added: What is added to the results of linear layers.
 
         Shapes:
             hidden: [b, t, d]
@@ -178,10 +195,10 @@ class BloomBlock(nn.Module):
         """
         normed: Tensor = self.input_layernorm(hidden)  # [b, t, d]
         residual = normed if self.post_layernorm_residual else hidden  # [b, t, d]
-        hidden = self.self_attention(normed, bias, cache, index, position) + residual  # [b, t, d]
-        return self._finish(hidden)  # [b, t, d]
+        hidden = self.self_attention(normed, bias, cache, index, position, added) + residual  # [b, t, d]
+        return self._finish(hidden, added)  # [b, t, d]
 
-    def enter(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def enter(self, hidden: Tensor, added: Additions | None = None) -> tuple[Tensor, Tensor]:
         """What comes before attention; tokens do not see each other.
 
         Shapes:
@@ -189,9 +206,12 @@ class BloomBlock(nn.Module):
             returns: the residual, [n, d], and what attention is made from, [n, 3d]
         """
         normed: Tensor = self.input_layernorm(hidden)  # [n, d]
-        return normed if self.post_layernorm_residual else hidden, self.self_attention.query_key_value(normed)
+        fused: Tensor = self.self_attention.query_key_value(normed)  # [n, 3d]
+        if added is not None:
+            fused = added.add("query_key_value", normed, fused)  # [n, 3d]
+        return normed if self.post_layernorm_residual else hidden, fused
 
-    def leave(self, merged: Tensor, residual: Tensor) -> Tensor:
+    def leave(self, merged: Tensor, residual: Tensor, added: Additions | None = None) -> Tensor:
         """What comes after attention; tokens do not see each other.
 
         Shapes:
@@ -199,13 +219,16 @@ class BloomBlock(nn.Module):
             residual: [n, d]
             returns: [n, d]
         """
-        return self._finish(self.self_attention.dense(merged) + residual)  # [n, d]
+        output: Tensor = self.self_attention.dense(merged)  # [n, d]
+        if added is not None:
+            output = added.add("dense", merged, output)  # [n, d]
+        return self._finish(output + residual, added)  # [n, d]
 
-    def _finish(self, hidden: Tensor) -> Tensor:
+    def _finish(self, hidden: Tensor, added: Additions | None) -> Tensor:
         """What comes after attention: [..., d] to [..., d]."""
         normed: Tensor = self.post_attention_layernorm(hidden)  # [..., d]
         residual = normed if self.post_layernorm_residual else hidden  # [..., d]
-        output: Tensor = self.mlp(normed) + residual  # [..., d]
+        output: Tensor = self.mlp(normed, added) + residual  # [..., d]
         return output
 
 
@@ -340,7 +363,13 @@ class BloomSpan(nn.Module):
         return hidden if len(self.stages) == 1 else hidden.to(_device(self.blocks[index]))
 
     def forward(
-        self, hidden: Tensor, cache: SpanCache | None = None, position: int = 0, first: int = 0, last: int | None = None
+        self,
+        hidden: Tensor,
+        cache: SpanCache | None = None,
+        position: int = 0,
+        first: int = 0,
+        last: int | None = None,
+        tuning: Tuning | None = None,
     ) -> Tensor:
         """Run blocks on ``t`` new tokens: all of them, or one part after another.
 
@@ -353,6 +382,7 @@ class BloomSpan(nn.Module):
             position: Index of the first new token; 0 without a cache.
             first: First block to run, counted from the span's start.
             last: Block after the last; the span's end if ``None``.
+            tuning: What is added within these blocks at least.
 
         Shapes:
             hidden: [b, t, d]
@@ -370,8 +400,25 @@ class BloomSpan(nn.Module):
                 hidden = self.place(hidden, begin)  # [b, t, d]
                 bias = self._bias(position, hidden.shape[1], hidden, cache)  # [1 or b, h, t, L]
                 for index in range(begin, end):
-                    hidden = self.blocks[index](hidden, bias, cache, index, position)  # [b, t, d]
+                    if tuning is None:
+                        hidden = self.blocks[index](hidden, bias, cache, index, position)  # [b, t, d]
+                    else:
+                        hidden = self.tuned(index, hidden, bias, cache, position, tuning)  # [b, t, d]
         return hidden
+
+    def tuned(
+        self, index: int, hidden: Tensor, bias: Tensor, cache: SpanCache | None, position: int, tuning: Tuning
+    ) -> Tensor:
+        """Run block ``index``, counted from the span's start, with what is added; see :meth:`BloomBlock.forward`.
+
+        Shapes:
+            hidden: [b, t, d]
+            returns: [b, t, d]
+        """
+        block = tuning.block(self.start + index, hidden.device)
+        hidden = block.begin(hidden, position, None if cache is None else cache.pads)  # [b, t, d]
+        output: Tensor = self.blocks[index](hidden, bias, cache, index, position, block)  # [b, t, d]
+        return output
 
     def decode(self, hidden: Tensor, cache: SpanCache, position: int) -> Tensor:
         """Run every block on a session's next few tokens, from graphs if there are any.

@@ -12,6 +12,7 @@ import trio
 from torch import Tensor
 
 from compute.bloom import BloomBlock, BloomConfig, BloomSpan, SpanCache, quantize
+from compute.bloom.tuned import Tuning
 from compute.engine import Engine, EngineSettings
 
 CONFIG = BloomConfig(vocab_size=16, hidden_size=64, n_layer=3, n_head=4)
@@ -52,11 +53,17 @@ class GatedSpan(BloomSpan):
         self.runs: list[tuple[int, int, int | None]] = []  # of lone steps: position, first block, block after the last
 
     def forward(
-        self, hidden: Tensor, cache: SpanCache | None = None, position: int = 0, first: int = 0, last: int | None = None
+        self,
+        hidden: Tensor,
+        cache: SpanCache | None = None,
+        position: int = 0,
+        first: int = 0,
+        last: int | None = None,
+        tuning: Tuning | None = None,
     ) -> Tensor:
         self.runs.append((position, first, last))
         self._wait(1)
-        return super().forward(hidden, cache, position, first, last)
+        return super().forward(hidden, cache, position, first, last, tuning)
 
     def together(self, steps: Any) -> Tensor:
         self._wait(len(steps))

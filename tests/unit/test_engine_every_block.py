@@ -12,6 +12,7 @@ from torch import Tensor
 
 from compute.batch import Piece, Plan, Runner, Work
 from compute.bloom import BloomSpan, SpanCache
+from compute.bloom.tuned import Tuning
 from compute.engine import EngineSettings
 from compute.errors import BadInput, BadOutput
 from compute.estimates import Kind
@@ -105,8 +106,9 @@ async def test_values_on_the_way_are_looked_at(tokens: int) -> None:
             position: int = 0,
             first: int = 0,
             last: int | None = None,
+            tuning: Tuning | None = None,
         ) -> Tensor:
-            given = super().forward(hidden.nan_to_num(), cache, position, first, last)
+            given = super().forward(hidden.nan_to_num(), cache, position, first, last, tuning)
             return given / 0 if (first, last) == (1, 2) else given
 
     async with running(Astray(CONFIG, 0, make_span().blocks)) as engine:  # type: ignore[arg-type]
