@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from os import PathLike
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from client.swarm import AsyncSwarm, Peer, ServedModel, open_swarm
 
 if TYPE_CHECKING:
     from client.models.bloom import DistributedBloomForCausalLM
+    from client.tuning.methods import Method
     from net.identity import PeerId
 
 CLOSE_S = 5.0
@@ -85,6 +87,8 @@ class Swarm:
         pins: Mapping[tuple[int, int], str | PeerId] | None = None,
         mixed_numerics: bool = False,
         local_blocks: int = 0,
+        tuning: Method | Sequence[Method] | None = None,
+        module: str | PathLike[str] | None = None,
     ) -> DistributedBloomForCausalLM:
         """A model of the swarm, as a transformers ``GenerationMixin`` with its ``.tokenizer``.
 
@@ -98,6 +102,10 @@ class Swarm:
             local_blocks: compute so many of the first blocks, and of the last ones, here, in fp32 on the CPU. Nodes
                 then see hidden states from within the model alone. Where they compute with other numerics, the tokens
                 are those of blocks that are mixed so.
+            tuning: what to train: a method of ``client.tuning`` such as ``LoRA(rank=8)``, or several in a list. Its
+                parameters are ``model.tuned.parameters()``.
+            module: what was trained before, to be used or trained further: the folder that ``save_pretrained`` or PEFT
+                wrote.
 
         Raises:
             UnknownModel: nobody serves it, or its files are not on this machine.
@@ -115,6 +123,8 @@ class Swarm:
             pins=pins,
             mixed_numerics=mixed_numerics,
             local_blocks=local_blocks,
+            tuning=tuning,
+            module=None if module is None else Path(module),
         )
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from client.choices import NO_CHOICES, Choices
 from client.directory import Directory
 from client.errors import InvalidInput, MissingBlocks, UnknownModel
 from client.nearness import Nearness
+from client.pricing import Measurements
 from client.routing import Wishes, choose_chain, runs_without
 from net import addresses, console, errors
 from net.dht import keys
@@ -31,8 +32,12 @@ from net.reputation import Reputation
 from net.security.swarm_key import SwarmKey
 
 if TYPE_CHECKING:
+    from client.legs import FindNodes
     from client.models.bloom import DistributedBloomForCausalLM
     from client.session import Session
+    from client.tuning.methods import Method
+    from client.tuning.trainer import Trainer
+    from compute.tuning import SpanTuning
 
 PROBE_S = 2.0
 REACH_S = 8.0
@@ -147,6 +152,7 @@ class AsyncSwarm:
         measures_error: bool = False,
         accepts: Callable[[NodeAnnouncement], bool] = lambda _: True,
         choices: Choices = NO_CHOICES,
+        tuning: SpanTuning | None = None,
     ) -> Session:
         """A session over all blocks of a model; opened at its first step.
 
@@ -158,11 +164,62 @@ class AsyncSwarm:
             measures_error: find out what is lost on the way, for ``traffic``; that takes time.
             accepts: false for nodes that must not be used.
             choices: which nodes to use; blocks that are computed here are the caller's.
+            tuning: what nodes are to add to the model's blocks for this session.
 
         Raises:
             TypeError, InvalidInput: ``max_length`` is no whole number above 0, or there is no such ``wire``.
         """
         from client.session import Session
+
+        return Session(
+            self.host,
+            self._finder(model, accepts),
+            self._nursery,
+            self.reputation,
+            max_length=max_length,
+            wire_form=wire,
+            measures_error=measures_error,
+            nearness=self._nearness,
+            choices=choices,
+            tuning=tuning,
+        )
+
+    async def trainer(
+        self,
+        model: ServedModel,
+        *,
+        accepts: Callable[[NodeAnnouncement], bool] = lambda _: True,
+        choices: Choices = NO_CHOICES,
+    ) -> Trainer:
+        """Who has whole batches computed, forwards and back.
+
+        Args:
+            model: which.
+            accepts, choices: as for a session.
+        """
+        from client.tuning.calls import RemoteCaller
+        from client.tuning.trainer import Trainer
+
+        return Trainer(
+            RemoteCaller(self.host, self._nursery),
+            self._finder(model, accepts),
+            self.reputation,
+            model.digest,
+            choices=choices,
+            measured=self._measured,
+        )
+
+    def _measured(self, nodes: Sequence[NodeAnnouncement]) -> Measurements:
+        """What we know of nodes ourselves."""
+        peers = {node.peer_id for node in nodes}
+        return Measurements(
+            round_trips=self._nearness.round_trips(peers),
+            failure_chance={peer: self.reputation.failure_chance(peer) for peer in peers},
+            relayed=self._nearness.relayed(peers),
+        )
+
+    def _finder(self, model: ServedModel, accepts: Callable[[NodeAnnouncement], bool]) -> FindNodes:
+        """Finds the nodes of a model that may be used."""
 
         async def find(*, fresh: bool = True) -> list[NodeAnnouncement]:
             nodes = [n for n in await self.nodes(fresh=fresh) if (n.digest, n.blocks) == (model.digest, model.n_blocks)]
@@ -178,17 +235,7 @@ class AsyncSwarm:
                 )
             return accepted
 
-        return Session(
-            self.host,
-            find,
-            self._nursery,
-            self.reputation,
-            max_length=max_length,
-            wire_form=wire,
-            measures_error=measures_error,
-            nearness=self._nearness,
-            choices=choices,
-        )
+        return find
 
     async def model(
         self,
@@ -199,13 +246,15 @@ class AsyncSwarm:
         pins: Mapping[tuple[int, int], str | PeerId] | None = None,
         mixed_numerics: bool = False,
         local_blocks: int = 0,
+        tuning: Method | Sequence[Method] | None = None,
+        module: str | PathLike[str] | None = None,
     ) -> DistributedBloomForCausalLM:
         """A model of the swarm. Its methods block: call them with ``trio.to_thread.run_sync``.
 
         Args:
             name: as served, or the path of a checkpoint's folder, with a / in it (needed when the model does not ship
                 and is not on the Hugging Face hub: the client holds embeddings and head itself).
-            allow, block, pins, mixed_numerics, local_blocks: as in ``client.blocking.Swarm.model``.
+            allow, block, pins, mixed_numerics, local_blocks, tuning, module: as in ``client.blocking.Swarm.model``.
 
         Raises:
             UnknownModel: nobody serves it, under this name or with these files.
@@ -216,7 +265,14 @@ class AsyncSwarm:
 
         served = await self.models()
         chosen = partial(
-            load, allow=allow, block=block, pins=pins, mixed_numerics=mixed_numerics, local_blocks=local_blocks
+            load,
+            allow=allow,
+            block=block,
+            pins=pins,
+            mixed_numerics=mixed_numerics,
+            local_blocks=local_blocks,
+            tuning=tuning,
+            module=None if module is None else Path(module),
         )
         model = await trio.to_thread.run_sync(chosen, name, served, self, Portal(self._token))
         self._nursery.start_soon(self._reach_out, model.served.nodes, model.wishes)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer, BloomConfig, GenerationConfig, GenerationMixin
 from transformers.generation import GenerationMode
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -30,6 +30,12 @@ from client.models.local import LocalBlocks
 from client.models.saved import ModelMark, SavedSession
 from client.portal import Portal
 from client.pricing import Wishes
+from client.tuning import peft_files
+from client.tuning.heads import check_head_labels, head_config, head_loss
+from client.tuning.methods import DeepPromptTuning, Method, PromptTuning, read_methods
+from client.tuning.remote import RemoteBlocks
+from client.tuning.tuned import Tuned
+from client.tuning.whole import Rows, labels_in_place, last_tokens, run_whole
 from compute.bloom import Embeddings, Head, span_digest
 from compute.checkpoint import Checkpoint
 from compute.errors import CheckpointError
@@ -39,6 +45,7 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from client.swarm import AsyncSwarm, ServedModel
+    from client.tuning.trainer import Trainer
     from net.identity import PeerId
     from net.protocol.announcement import NodeAnnouncement
 
@@ -74,6 +81,7 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         weights: str | None,
         choices: Choices = NO_CHOICES,
         local: LocalBlocks | None = None,
+        tuned: Tuned | None = None,
     ) -> None:
         super().__init__(config)
         self._mark = ModelMark(model=served.name, digest=served.digest, weights=weights, blocks=served.n_blocks)
@@ -88,7 +96,18 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         self._choices = choices
         self._local = () if local is None else (local,)  # no part of the module: nothing here is to be trained or moved
         self.requires_grad_(False)
+        self.tuned = tuned  # after that: its parameters are what is trained
+        self._blocks = RemoteBlocks(served.n_blocks, config.hidden_size, tuned, self._make_trainer, portal)
         self.eval()
+
+    @property
+    def blocks(self) -> RemoteBlocks:
+        """All blocks, on the nodes: ``model.blocks[2:5]`` is a torch module through which gradients go."""
+        return self._blocks
+
+    def _make_trainer(self) -> Trainer:
+        make = partial(self._swarm.trainer, self.served, accepts=self._accepts, choices=self._choices)
+        return self._portal.call(make)
 
     @property
     def tokenizer(self) -> Any:
@@ -143,8 +162,26 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
             measures_error=measures_error,
             accepts=self._accepts,
             choices=choices,
+            tuning=None if self.tuned is None else self.tuned.of_span(0, self.served.n_blocks),
         )
-        return SessionCache(make, self._portal, self._mark, self._local[0] if self._local else None)
+        local, prompt = self._local[0] if self._local else None, None
+        mark = self._mark
+        if self.tuned is not None:
+            self._check_generates(self.tuned)
+            mark = replace(mark, tuning=self.tuned.digest())
+            if self.tuned.prompt_tokens:
+                with torch.inference_mode():
+                    prompt = self.embeddings.word_embeddings_layernorm(self.tuned.prompt_embeddings)  # [p, d]
+        return SessionCache(make, self._portal, mark, local, prompt)
+
+    def _check_generates(self, tuned: Tuned) -> None:
+        """Raises:
+        InvalidInput: there is no way from token to token with what is trained.
+        """
+        if tuned.score is not None:
+            raise InvalidInput("a model with a head of its own gives no tokens: call model(input_ids) for its scores")
+        if tuned.cuts:
+            raise InvalidInput("with modules between blocks nothing can be generated: call model(input_ids)")
 
     def load_session(self, path: str | PathLike[str], **options: Any) -> SessionCache:
         """A session that goes on where one was saved with ``session.save(path)``; its ``ids`` are the tokens.
@@ -160,7 +197,7 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
             OSError: it cannot be read.
         """
         saved = SavedSession.read(Path(path))
-        self._mark.check(saved.mark)
+        replace(self._mark, tuning=None if self.tuned is None else self.tuned.digest()).check(saved.mark)
         if any(token >= self.config.vocab_size for row in saved.ids for token in row):
             raise InvalidInput(f"{path} holds token ids that the model does not have: it is damaged")
         session = self.session(**options)
@@ -276,7 +313,11 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         num_items_in_batch: int | torch.Tensor | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits of the next tokens, and their loss. There are no gradients.
+        """Logits of the next tokens, and their loss.
+
+        A model with something to train has gradients for it, and computes whole texts, without a session: padding may
+        then also be behind the text. Of a model with a head of its own the logits are that head's, one row of them for
+        each text; labels are classes, or the numbers themselves.
 
         Args:
             input_ids: the tokens.
@@ -304,9 +345,14 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         Raises: as ``generate``.
         """
         ids = self._checked_ids(input_ids, inputs_embeds)
+        as_dict = self.config.return_dict if return_dict is None else return_dict
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise InvalidInput("output_attentions cannot be given: it stays on the nodes; leave the option out")
         every = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if self.tuned is not None and past_key_values is None and not use_cache and not every:
+            rows = Rows.read(attention_mask, *ids.shape)
+            whole = self._forward_whole(self.tuned, ids, rows, labels, logits_to_keep, num_items_in_batch)
+            return whole if as_dict else whole.to_tuple()
         if labels is not None:
             self._check_labels(labels, ids, logits_to_keep)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -332,8 +378,56 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
                 logits, labels.long(), vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values, hidden_states=states)
-        as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
+
+    def _forward_whole(
+        self,
+        tuned: Tuned,
+        ids: torch.Tensor,
+        rows: Rows,
+        labels: torch.Tensor | None,
+        logits_to_keep: int | torch.Tensor,
+        num_items_in_batch: int | torch.Tensor | None,
+    ) -> ModelOutput:
+        """Whole texts, with gradients. Shapes: ids [b, t]; logits [b, t, vocabulary], or [b, outputs] of a head."""
+        if tuned.score is not None:
+            check_head_labels(tuned, labels, ids.shape[0])
+            last = last_tokens(run_whole(ids, rows, self.embeddings, self.head, self.blocks), rows)  # [b, d]
+            scores = tuned.score(last)  # [b, outputs]
+            loss = None if labels is None else head_loss(tuned, scores, labels)
+            return SequenceClassifierOutputWithPast(loss=loss, logits=scores)
+        if labels is not None:
+            self._check_labels(labels, ids, 0)
+        hidden = run_whole(ids, rows, self.embeddings, self.head, self.blocks)  # [b, p + t, d]
+        if labels is None and isinstance(logits_to_keep, int) and logits_to_keep and not rows.has_padding:
+            hidden = hidden[:, -logits_to_keep:]
+        logits = self.head.lm_head(hidden)  # [b, p + t, vocabulary]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits,
+                labels_in_place(labels, rows, tuned.prompt_tokens),
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+        logits = rows.back(logits[:, -ids.shape[1] :])  # [b, t, vocabulary]
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return CausalLMOutputWithPast(loss=loss, logits=logits[:, kept])
+
+    def save_pretrained(self, save_directory: str | PathLike[str], *_: Any, **__: Any) -> None:
+        """Write what was trained, and nothing else: PEFT's ``adapter_config.json``, ``adapter_model.safetensors``.
+
+        Args:
+            save_directory: a folder, made if need be; files of these names in it are replaced.
+            _, __: transformers' others; they do not matter here.
+
+        Raises:
+            InvalidInput: nothing was trained.
+            OSError: it cannot be written.
+        """
+        if self.tuned is None:
+            raise InvalidInput("there is nothing to save: the model was made without tuning=")
+        peft_files.write(self.tuned, Path(save_directory), self.served.name)
 
     def _checked_ids(self, ids: torch.Tensor | None, embeddings: torch.Tensor | None) -> torch.Tensor:
         """Raises:
@@ -404,10 +498,15 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         if mask is not None and not session.position:
             session.pad(mask, rows, mask.shape[1])
         room = session.prepare(rows, max_cache_length)
-        if rows == 1 and session.drafter is not None and not generation_config.output_hidden_states:
+        may_draft = rows == 1 and not generation_config.output_hidden_states and not self._has_prompt
+        if may_draft and session.drafter is not None:
             model = None if isinstance(session.drafter, bool) else session.drafter
             session.draft(self._embed, min(room, max_cache_length), model)
         session._is_user_defined = True  # type: ignore[attr-defined]  # what transformers marks its caches with
+
+    @property
+    def _has_prompt(self) -> bool:
+        return self.tuned is not None and bool(self.tuned.prompt_tokens)
 
     def get_input_embeddings(self) -> Any:
         return self.embeddings.word_embeddings
@@ -417,12 +516,20 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
 
 
 def load(
-    name: str, served: Sequence[ServedModel], swarm: AsyncSwarm, portal: Portal, **options: Any
+    name: str,
+    served: Sequence[ServedModel],
+    swarm: AsyncSwarm,
+    portal: Portal,
+    *,
+    tuning: object = None,
+    module: Path | None = None,
+    **options: Any,
 ) -> DistributedBloomForCausalLM:
     """The model called ``name`` (or whose checkpoint is the folder ``name``), served by ``served``'s nodes.
 
     Args:
-        name, options: see ``AsyncSwarm.model``.
+        name, tuning, options: see ``AsyncSwarm.model``.
+        module: the folder of what was trained before.
         served: models.
         swarm, portal: through which it is used.
 
@@ -442,16 +549,30 @@ def load(
             )
         raise UnknownModel(f"nobody serves {checkpoint.name}; {_spell(served)}")
     choices = Choices.read(match.n_blocks, **options)
+    methods = None if tuning is None else read_methods(tuning)
+    if module is not None:
+        found, _ = peft_files.read_config(module)
+        methods = methods or found
+    if methods and choices.local_blocks:
+        raise InvalidInput("local_blocks and tuning do not go together yet: leave one of them out")
     config_file = checkpoint.file("config.json")
     config = BloomConfig.from_json_file(str(config_file))
     generation_file = checkpoint.find_file("generation_config.json")
     embeddings = checkpoint.load_embeddings()
+    tokenizer = _load_tokenizer(checkpoint)
+    tuned = None
+    if methods:
+        starts = _starts(methods, tokenizer)
+        tuned = Tuned(checkpoint.config, methods, embeddings.word_embeddings.weight, starts)
+        head_config(config, tuned)
+    if tuned is not None and module is not None:
+        peft_files.read_weights(tuned, module)
     digests = checkpoint.block_digests_at_hand(MAX_CHECKED_BYTES)
     return DistributedBloomForCausalLM(
         config,
         embeddings=embeddings,
         head=checkpoint.load_head(embeddings=embeddings),
-        tokenizer=_load_tokenizer(checkpoint),
+        tokenizer=tokenizer,
         generation_config=(
             GenerationConfig.from_model_config(config)
             if generation_file is None
@@ -464,7 +585,23 @@ def load(
         weights=None if digests is None else span_digest(digests),
         choices=choices,
         local=LocalBlocks.load(checkpoint, choices.local_blocks) if choices.local_blocks else None,
+        tuned=tuned,
     )
+
+
+def _starts(methods: Sequence[Method], tokenizer: Any) -> list[int]:
+    """Token ids of the text that a soft prompt begins as.
+
+    Raises:
+        UnknownModel: there is a text, but no tokenizer.
+    """
+    text = next((method.text for method in methods if isinstance(method, PromptTuning | DeepPromptTuning)), None)
+    if not text:
+        return []
+    if tokenizer is None:
+        raise UnknownModel("the model's files hold no tokenizer: leave the soft prompt's text out")
+    ids: list[int] = tokenizer(text).input_ids
+    return ids
 
 
 def _weights_check(digests: Sequence[str] | None) -> Callable[[NodeAnnouncement], bool]:

@@ -41,6 +41,7 @@ class SessionCache:
         portal: Portal,
         mark: ModelMark,
         local_blocks: LocalBlocks | None = None,
+        prompt: torch.Tensor | None = None,
     ) -> None:
         """Make a session.
 
@@ -49,6 +50,7 @@ class SessionCache:
             portal: to where it lives.
             mark: of its model.
             local_blocks: that are computed here, before and after the session's.
+            prompt: hidden states before the first block of a soft prompt, which comes before the tokens; [p, d].
         """
         self._make = make
         self._session = portal.call(make)
@@ -56,6 +58,7 @@ class SessionCache:
         self._mark = mark
         self._local_blocks = local_blocks
         self._local = None if local_blocks is None else local_blocks.session()
+        self._prompt = prompt
         self._closed = False
         self.drafter: Drafter | bool | None = None
         self._order: torch.Tensor | None = None  # [b], of rows, before the next step
@@ -97,12 +100,12 @@ class SessionCache:
             ClientError: the session or the swarm is closed.
         """
         self._check_open()
-        other = SessionCache(self._make, self._portal, self._mark, self._local_blocks)
+        other = SessionCache(self._make, self._portal, self._mark, self._local_blocks, self._prompt)
         if self._local is not None:
             other._begin_with(self.ids, self.pads)
             return other
         other._ids, other._order, other._told = self._ids, self._order, self._told
-        position = self.position
+        position = self._session.position if self._runner is None else self.position
 
         async def copy() -> None:
             other._session.take_history(self._session, position)
@@ -144,7 +147,7 @@ class SessionCache:
         if self._local is not None:
             self._begin_with(ids, saved.pads)
             return
-        hidden = embed(ids[:, : saved.position])
+        hidden = self._with_prompt(embed(ids[:, : saved.position]), saved.pads)
 
         async def take() -> None:
             self._session.restore(hidden, saved.pads)
@@ -168,12 +171,17 @@ class SessionCache:
     @property
     def position(self) -> int:
         """Tokens so far. Set it back to forget the last ones."""
-        return self._session.position if self._runner is None else self._runner.position
+        return max(0, self._session.position - self._ahead) if self._runner is None else self._runner.position
 
     @position.setter
     def position(self, position: int) -> None:
         self._portal.call(self._roll_back, position)
         self._told = None
+
+    @property
+    def _ahead(self) -> int:
+        """Tokens that the session has before these: the soft prompt's."""
+        return 0 if self._prompt is None else self._prompt.shape[0]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget that many tokens at the end, as a number below 0; none for 0 (name and sign are transformers').
@@ -237,7 +245,7 @@ class SessionCache:
 
     async def _roll_back(self, position: int) -> None:
         if self._runner is None:
-            self._session.rollback(position)
+            self._session.rollback(position + self._ahead if position else 0)
         elif not 0 <= position <= self._runner.position:
             raise InvalidInput(f"cannot go back to {position}: the session has {self._runner.position} tokens")
         else:
@@ -266,9 +274,9 @@ class SessionCache:
             Others: as ``Session.prepare``.
         """
         self._check_open()
-        self._session.expected = tokens
+        self._session.expected = tokens + self._ahead
         self._portal.call(self._session.prepare, batch)
-        room = self._session.max_length
+        room = self._session.max_length - self._ahead
         if tokens > room:
             raise InvalidInput(
                 f"prompt and new tokens make {tokens + 1} tokens; the nodes on the chain allow {room + 1} ({room} in "
@@ -322,7 +330,11 @@ class SessionCache:
                 hidden = first[-1] if every_block else first  # [b, t, d]
             # Where blocks follow here, they need all that was computed.
             wanted = keep if local is None else None
+            if not before:
+                hidden = self._with_prompt(hidden, self.pads)  # [b, p + t, d]
             output = self._portal.call(partial(self._session.step, hidden, order, keep=wanted, every_block=every_block))
+            if not before and keep is None:
+                output = self._without_prompt(output)
             self._order = None
         else:
             output = self._portal.call(self._runner.step, ids[0].tolist(), before)
@@ -333,6 +345,31 @@ class SessionCache:
         kept = ids if self._ids is None or not before else torch.cat([self._ids[:, :before], ids], dim=1)
         self._ids = kept  # [b, position]
         return output
+
+    def _with_prompt(self, hidden: torch.Tensor, pads: tuple[int, ...] | None) -> torch.Tensor:
+        """A session's first tokens behind the soft prompt, which comes after the padding.
+
+        Shapes:
+            hidden: [b, t, d]
+            returns: [b, p + t, d]
+
+        Raises:
+            InvalidInput: there is no token of the text among them, in some row.
+        """
+        if self._prompt is None:
+            return hidden
+        starts = pads or (0,) * hidden.shape[0]
+        if max(starts) >= hidden.shape[1]:
+            raise InvalidInput("the first step must have tokens of each row's text: give the whole prompt at once")
+        return torch.stack([torch.cat([row[:s], self._prompt, row[s:]]) for row, s in zip(hidden, starts, strict=True)])
+
+    def _without_prompt(self, output: torch.Tensor) -> torch.Tensor:
+        """What the tokens gave. Shapes: [..., b, p + t, d] to [..., b, t, d]."""
+        if self._prompt is None:
+            return output
+        starts, p = self.pads or (0,) * output.shape[-3], self._ahead
+        rows = zip(output.unbind(-3), starts, strict=True)
+        return torch.stack([torch.cat([row[..., :s, :], row[..., s + p :, :]], dim=-2) for row, s in rows], dim=-3)
 
     def draft(self, embed: Callable[[Sequence[int]], torch.Tensor], limit: int, model: Drafter | None = None) -> None:
         """Be ahead of who asks for tokens, until :meth:`stop_drafting`. The session is open, and has one row.

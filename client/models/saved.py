@@ -2,10 +2,11 @@
 
 JSON, version 1::
 
-    {"raceme-session": 1, "model", "digest", "weights", "blocks", "position", "pads", "ids"}
+    {"raceme-session": 1, "model", "digest", "weights", "blocks", "tuning", "position", "pads", "ids"}
 
 ``ids`` has a list for each row, all of one length; the first ``position`` tokens of each were computed, and ``pads``
-says how many of these are padding, or is null. ``weights`` is the digest of all blocks, or null where it is not known.
+says how many of these are padding, or is null. ``weights`` is the digest of all blocks, or null where it is not known;
+``tuning`` that of what was trained, if any was.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ class ModelMark:
         digest: of the tensors that there are.
         weights: of what is in its blocks; ``None`` if that is not known.
         blocks: how many there are.
+        tuning: digest of what was trained, as it was; ``None`` if nothing was.
     """
 
     model: str
     digest: str
     weights: str | None
     blocks: int
+    tuning: str | None = None
 
     def check(self, found: ModelMark) -> None:
         """Raises:
@@ -51,6 +54,8 @@ class ModelMark:
                 f"the session was saved with another model ({found.model}, digest {found.digest[:12]}) than this one "
                 f"({self.model}, digest {self.digest[:12]}): take the model that it was saved with"
             )
+        if self.tuning != found.tuning:
+            raise InvalidInput("the session was saved with other trained parameters than the model has: load those")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +139,7 @@ class SavedSession:
             digest=_text(content, "digest"),
             weights=None if content["weights"] is None else _text(content, "weights"),
             blocks=_whole(content, "blocks", 2**16),
+            tuning=None if content.get("tuning") is None else _text(content, "tuning"),
         )
         return cls(mark=mark, ids=ids, position=position, pads=None if pads is None else tuple(pads))
 
