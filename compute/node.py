@@ -35,8 +35,9 @@ from compute.neighbours import Neighbours, Waiting
 from compute.node_settings import NodeSettings
 from compute.placement import better_span, choose_span, coverage, keeps_move
 from compute.probe import probe
-from compute.serving import Held, Serving
+from compute.serving import Held, Serving, Wanted
 from compute.talking import ClientTalk, serve_pushes
+from compute.training import Training
 from compute.wire_forms import CODEC
 from compute.worth import Worth
 from net.dht import keys
@@ -48,6 +49,7 @@ from net.mux.base import Stream
 from net.nurseries import open_service_nursery
 from net.perf import serve_perf
 from net.protocol import session as wire
+from net.protocol import training
 from net.protocol.announcement import DIRECTORY, KIND, NodeAnnouncement, Numerics, read_all
 from net.swarm import Connection
 from net.version import VERSION
@@ -141,6 +143,7 @@ class Node:
             serve_perf(self._host)
             self._host.handle(wire.PROTOCOL_ID, self._serve)
             self._host.handle(wire.PUSH_PROTOCOL_ID, self._serve_pushes)
+            self._host.handle(training.PROTOCOL_ID, Training(self).serve)
             if self.metrics is not None:
                 self.metrics.read_from(lambda: total(serving.engine.stats for serving in self._servings))
             await self._come_up(nursery, progress)
@@ -157,7 +160,7 @@ class Node:
         try:
             await trio.sleep_forever()
         finally:
-            if scope.shield and any(serving.held for serving in self._servings) and self._settings.leave_s:
+            if scope.shield and not all(serving.is_idle for serving in self._servings) and self._settings.leave_s:
                 with trio.move_on_after(self._settings.leave_s + 2, shield=True):
                     await self._dht.withdraw()
                     async with trio.open_nursery() as nursery:
@@ -554,8 +557,8 @@ class Node:
     async def _serve_pushes(self, _: Connection, stream: Stream) -> None:
         await serve_pushes(stream, self)
 
-    def serving_for(self, request: wire.Open) -> Serving:
-        """Who opens a session that is asked for.
+    def serving_for(self, request: Wanted) -> Serving:
+        """Who opens a session, or does a training call, that is asked for.
 
         Raises:
             RpcError: another model, blocks that are not served here, or nothing is served now.

@@ -32,7 +32,7 @@ from net.protocol import session as wire
 from net.rpc import framing, lane
 from net.rpc.framing import Message
 
-__all__ = ["Ask", "Held", "Holder", "Serving"]
+__all__ = ["Ask", "Held", "Holder", "Serving", "Wanted"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,22 @@ T = TypeVar("T")
 LONG_ELEMENTS: Final = 1 << 16  # of hidden states that are converted in a thread: that takes about 100 us
 MAX_LEFT_PER_PEER: Final = 4  # sessions that wait to be resumed
 LINKING_S: Final = 1.5  # for a node that a step is to be handed on to, and that is about to be reached
+
+
+class Wanted(Protocol):
+    """Which blocks, of which model, somebody asks for."""
+
+    @property
+    def digest(self) -> str:
+        """Of the model."""
+
+    @property
+    def start(self) -> int:
+        """The first block."""
+
+    @property
+    def end(self) -> int:
+        """The block behind the last one."""
 
 
 class Holder(Protocol):
@@ -174,7 +190,7 @@ class Held:
                 raise RpcError("bad-input", f"a step carries one tensor, not {len(ask.tensors)}")
             width = serving.span.config.hidden_size
             with refusals(serving.metrics):
-                hidden, _ = await _converted(
+                hidden, _ = await converted(
                     lambda: from_message(ask.fields, ask.tensors[0], self.batch, width), ask.tensors[0]
                 )
                 if step.every:
@@ -247,6 +263,7 @@ class Serving:
         span: The blocks.
         engine: Runs them, while :meth:`run` does.
         held: Sessions by token.
+        calls: The scopes of training calls under way.
     """
 
     def __init__(
@@ -271,6 +288,7 @@ class Serving:
         self.engine = Engine(span, settings, metrics)
         self.metrics = metrics
         self.held: dict[bytes, Held] = {}
+        self.calls: set[trio.CancelScope] = set()
         self._line_bytes_per_s = line_bytes_per_s
         self._by_push_token: dict[bytes, Held] = {}
         self._outboxes = OutboxBudget()
@@ -296,15 +314,15 @@ class Serving:
             self._ended.set()
 
     async def drain(self, patience_s: float) -> None:
-        """Open none any more, tell the sessions, wait for them to end, at most so long, free those that are left, and
-        stop.
+        """Open none any more, tell the sessions, wait for them and for training calls to end, at most so long, free
+        those that are left, and stop.
 
         Returns when the engine's thread has ended.
 
         Cancellation: what is left goes on.
         """
         self._closed = True
-        if self.held and patience_s:
+        if not self.is_idle and patience_s:
             self._empty = trio.Event()
             with trio.move_on_after(patience_s):
                 await self.tell(Message(header={"leaving": patience_s}))
@@ -366,6 +384,28 @@ class Serving:
         self.start_soon(held.work)
         return held
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is neither a session nor a training call."""
+        return not self.held and not self.calls
+
+    @contextmanager
+    def call(self, scope: trio.CancelScope) -> Iterator[None]:
+        """A training call: :meth:`drain` waits for it, and :meth:`free_all` cancels ``scope``.
+
+        Raises:
+            EngineStopped: :meth:`drain` has begun.
+        """
+        if self._closed:
+            raise EngineStopped("the node serves other blocks now")
+        self.calls.add(scope)
+        try:
+            yield
+        finally:
+            self.calls.discard(scope)
+            if self.is_idle:
+                self._empty.set()
+
     async def prepare(
         self, sender: Sender, hidden: Tensor, bytes_per_s: float | None
     ) -> tuple[Mapping[str, Any], framing.Tensor]:
@@ -381,7 +421,7 @@ class Serving:
         """
         known = [speed for speed in (bytes_per_s, self._line_bytes_per_s()) if speed is not None]
         with refusals(self.metrics):
-            return await _converted(lambda: sender.message(hidden, min(known, default=None)), hidden)
+            return await converted(lambda: sender.message(hidden, min(known, default=None)), hidden)
 
     def find_pushed(self, push_token: bytes) -> Held | None:
         """The session that who has this token may hand steps on to."""
@@ -401,7 +441,9 @@ class Serving:
             await self._close(held)
 
     async def free_all(self) -> None:
-        """End all sessions, none of which does another step."""
+        """End all sessions, none of which does another step, and all training calls."""
+        for scope in self.calls:
+            scope.cancel()
         ending, self.held = list(self.held.values()), {}
         for held in ending:
             held.serving = None
@@ -419,7 +461,7 @@ class Serving:
         if held.holder is not None:  # it may be idle, and would learn of it only by its next step
             await held.holder.send(Message(header={"leaving": 0}))
         await self.engine.close_session(held.session_id)
-        if not self.held:
+        if self.is_idle:
             self._empty.set()
 
     async def _sweep(self) -> None:
@@ -450,7 +492,7 @@ def session_over() -> RpcError:
     return RpcError("no-session", "the session has ended here, or went on over another stream")
 
 
-async def _converted(convert: Callable[[], T], values: Tensor | framing.Tensor) -> T:
+async def converted(convert: Callable[[], T], values: Tensor | framing.Tensor) -> T:
     """Have many values converted in a thread, for others wait for this one."""
     count = values.numel() if isinstance(values, Tensor) else memoryview(values.data).nbytes
     if count < LONG_ELEMENTS:

@@ -87,15 +87,15 @@ class Form(enum.StrEnum):
         """Whether every value of ``dtype`` is left as it is."""
         return self is Form.FLOAT32 or _DTYPES.get(self) == dtype
 
-    def n_bytes(self, shape: Sequence[int]) -> int:
+    def n_bytes(self, shape: Sequence[int], limit: int = MAX_PLAIN_BYTES) -> int:
         """How many bytes hidden states of this shape take, not compressed.
 
         Raises:
-            BadInput: ``bad-shape``: it is none of hidden states, or they would take more than ``MAX_PLAIN_BYTES``.
+            BadInput: ``bad-shape``: it is none of hidden states, or they would take more than ``limit``.
         """
-        return sum(part.n_bytes for part in self.parts(shape))
+        return sum(part.n_bytes for part in self.parts(shape, limit))
 
-    def parts(self, shape: Sequence[int]) -> Sequence[Part]:
+    def parts(self, shape: Sequence[int], limit: int = MAX_PLAIN_BYTES) -> Sequence[Part]:
         """What these bytes are made of. Raises: as :meth:`n_bytes`."""
         if (
             not isinstance(shape, (list, tuple))
@@ -103,19 +103,19 @@ class Form(enum.StrEnum):
             or any(type(size) is not int or size < 1 for size in shape)
         ):
             raise BadInput("bad-shape", f"hidden states are [b, t, d], none of them 0, not {shape!r:.100}")
-        return _parts(self, tuple(shape))
+        return _parts(self, tuple(shape), limit)
 
 
 @lru_cache(maxsize=64)  # most steps are alike
-def _parts(form: Form, shape: tuple[int, ...]) -> Sequence[Part]:
+def _parts(form: Form, shape: tuple[int, ...], limit: int) -> Sequence[Part]:
     """Of a shape that has been checked."""
     count = math.prod(shape)
     if form is Form.INT8:
         parts = [Part(count, 1), Part(count // shape[2] * _blocks(shape[2]), _SCALE_BYTES)]
     else:
         parts = [Part(count, _DTYPES[form].itemsize)]
-    if (size := sum(part.n_bytes for part in parts)) > MAX_PLAIN_BYTES:
-        raise BadInput("bad-shape", f"hidden states of {size} bytes: at most {MAX_PLAIN_BYTES} travel in one piece")
+    if (size := sum(part.n_bytes for part in parts)) > limit:
+        raise BadInput("bad-shape", f"hidden states of {size} bytes: at most {limit} travel in one piece")
     return parts
 
 
@@ -131,7 +131,9 @@ def default_form(dtype: str) -> Form:
     return next((form for form in _DTYPES if form == dtype), Form.FLOAT32)
 
 
-def encode(hidden: Tensor, form: Form, *, compressed: bool = False) -> tuple[dict[str, Any], Bytes]:
+def encode(
+    hidden: Tensor, form: Form, *, compressed: bool = False, limit: int = MAX_PLAIN_BYTES
+) -> tuple[dict[str, Any], Bytes]:
     """What travels beside the bytes, and the bytes. Without compression they may be a view: do not change ``hidden``.
 
     NaN and infinity stay what they are in floats, for those who check them to see.
@@ -140,6 +142,7 @@ def encode(hidden: Tensor, form: Form, *, compressed: bool = False) -> tuple[dic
         hidden: Hidden states of 16 or 32 bit floats, on any device.
         form: The session's.
         compressed: Whether to compress; what does not get smaller that way is left as it is all the same.
+        limit: How many bytes they may take, not compressed.
 
     Shapes:
         hidden: [b, t, d]
@@ -148,11 +151,19 @@ def encode(hidden: Tensor, form: Form, *, compressed: bool = False) -> tuple[dic
         BadInput: ``bad-dtype``; ``bad-shape``: as :meth:`Form.n_bytes`; ``bad-value``: finite values that are beyond
             the form's range; ``not-finite``: NaN or infinity, in int8, which has neither.
     """
-    plain = _plain(hidden, form)
-    return _smaller(plain, compress(plain, form.parts(hidden.shape))) if compressed else ({}, plain)
+    plain = _plain(hidden, form, limit)
+    return _smaller(plain, compress(plain, form.parts(hidden.shape, limit))) if compressed else ({}, plain)
 
 
-def decode(fields: Mapping[str, Any], data: Bytes, form: Form, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def decode(
+    fields: Mapping[str, Any],
+    data: Bytes,
+    form: Form,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    limit: int = MAX_PLAIN_BYTES,
+) -> Tensor:
     """Hidden states that a peer sent, in memory of their own. Sizes are checked before anything is allocated.
 
     Values may be NaN or infinite, also those of int8, by their size: whoever computes with them has to look.
@@ -163,6 +174,7 @@ def decode(fields: Mapping[str, Any], data: Bytes, form: Form, shape: Sequence[i
         form: The session's.
         shape: [b, t, d], of which b and d are the session's.
         dtype: What to convert to.
+        limit: How many bytes they may take, not compressed.
 
     Shapes:
         returns: [b, t, d]
@@ -171,8 +183,8 @@ def decode(fields: Mapping[str, Any], data: Bytes, form: Form, shape: Sequence[i
         BadInput: ``bad-shape``: as :meth:`Form.n_bytes`, or not as many bytes as that; ``bad-value``: an unknown codec,
             bytes that it cannot have made, or scales that are not finite.
     """
-    parts = form.parts(shape)
-    expected = form.n_bytes(shape)
+    parts = form.parts(shape, limit)
+    expected = form.n_bytes(shape, limit)
     codec = fields.get("codec")
     if codec is not None:
         if codec != CODEC:
@@ -187,11 +199,11 @@ def decode(fields: Mapping[str, Any], data: Bytes, form: Form, shape: Sequence[i
     return from_wire(_WIRE_NAMES[form], shape, data).to(dtype)
 
 
-def _plain(hidden: Tensor, form: Form) -> memoryview:
+def _plain(hidden: Tensor, form: Form, limit: int = MAX_PLAIN_BYTES) -> memoryview:
     """The bytes, not compressed. Raises: as :func:`encode`."""
     if hidden.dtype not in _FLOATS:
         raise BadInput("bad-dtype", f"hidden states in {hidden.dtype}, expected 16 or 32 bit floats")
-    form.n_bytes(hidden.shape)
+    form.n_bytes(hidden.shape, limit)
     if form is Form.INT8:
         levels, scales = _to_levels(hidden.detach())
         return memoryview(b"".join([tensor_bytes(levels), to_wire(scales)[2]]))

@@ -1,0 +1,148 @@
+"""Training calls: whole sequences through blocks of one node, forwards and back, on a stream of ``/raceme/train/1``.
+
+The client asks, with a number of the question's own (``"id"``) and ``"m"``, the method; an answer carries the number,
+and its fields, or ``"e"`` (a code), ``"why"`` and perhaps ``"retry_after_s"``. Questions and answers are parcels
+(``net.rpc.parcels``), for their tensors may be larger than a frame. Each question is answered once, in any order.
+
+    tune      {"digest", "start", "end", "key", form fields...} + flat [n], f32   -> {}
+    forward   {"digest", "start", "end", "rows", "tokens", "form", "key"?} + hidden   -> {} + hidden
+    backward  the same + hidden, gradient                    -> {} + gradient of hidden [+ gradient of flat [n], f32]
+    where     {"of"}                                         -> {"state"}, at once: waiting, running or unseen
+    cancel    {"of"}                                         -> nothing; the call is answered, if it was not already
+
+**Hidden states**, and gradients with respect to them, are [rows, tokens, d], as bytes (``u8``, [n]) of the form that
+the question names, without compression; see ``compute.wire_forms``.
+
+**Tunings** are what the client trains inside of blocks [start, end). ``flat`` has all of it; which numbers mean what
+follows from the form fields, see ``compute.tuning``. ``key`` is a SHA-256 of form, blocks and numbers, by which calls
+name a tuning. A stream keeps the last 4, less where memory is scarce; a call that names one that is not there is
+refused with ``no-tuning``. A call may follow its tuning without waiting for the answer.
+
+A client has at most 4 questions under way (``where`` and ``cancel`` not counted); what is asked beyond is not read. One
+that it has cancelled counts until it is answered. Of a call that is cancelled while it is being sent, or refused, no
+more need be sent: ``cancel`` ends it.
+
+A node keeps nothing between two calls. Refusals: those of ``net.protocol.session``, and ``no-tuning``, ``cancelled``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from net.errors import RemoteProtocolError
+from net.protocol import session
+from net.protocol.announcement import MAX_BLOCKS
+from net.rpc import packing
+
+PROTOCOL_ID: Final = "/raceme/train/1"
+MAX_CALLS: Final = 4  # of one stream at once
+MAX_CALL_BYTES: Final = 256 << 20  # a sequence of 2,048 tokens and its gradient, 14,336 wide, in float32
+MAX_TUNINGS: Final = 4  # that a stream keeps
+KEY_BYTES: Final = 32
+MAX_ROWS: Final = session.MAX_BATCH
+STATES: Final = frozenset({"waiting", "running", "unseen"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a call is about: which sequences, through what.
+
+    Attributes:
+        digest: Of the model.
+        start, end: Blocks [start, end).
+        rows: Sequences.
+        tokens: Of each.
+        form: In which hidden states travel, both ways.
+        key: Of the tuning; ``None`` for none.
+    """
+
+    digest: str
+    start: int
+    end: int
+    rows: int
+    tokens: int
+    form: str = session.FORM
+    key: bytes | None = None
+
+    def to_fields(self) -> dict[str, Any]:
+        fields: dict[str, Any] = {
+            "digest": self.digest,
+            "start": self.start,
+            "end": self.end,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "form": self.form,
+        }
+        if self.key is not None:
+            fields["key"] = self.key
+        return fields
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Work:
+        """Raises:
+        RemoteProtocolError: missing or out of bounds.
+        """
+        end = packing.integer(fields, "end", 1, MAX_BLOCKS)
+        return cls(
+            digest=packing.field(fields, "digest", str, max_length=64),
+            start=packing.integer(fields, "start", 0, end - 1),
+            end=end,
+            rows=packing.integer(fields, "rows", 1, MAX_ROWS),
+            tokens=packing.integer(fields, "tokens", 1, session.MAX_LENGTH),
+            form=packing.field(fields, "form", str, max_length=session.MAX_FORM_CHARACTERS),
+            key=read_key(fields) if "key" in fields else None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune:
+    """Of which blocks a tuning is, and its key; its form fields stand beside these.
+
+    Attributes:
+        digest: Of the model.
+        start, end: Blocks [start, end).
+        key: Its name.
+    """
+
+    digest: str
+    start: int
+    end: int
+    key: bytes
+
+    def to_fields(self) -> dict[str, Any]:
+        return {"digest": self.digest, "start": self.start, "end": self.end, "key": self.key}
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Tune:
+        """Raises:
+        RemoteProtocolError: missing or out of bounds.
+        """
+        end = packing.integer(fields, "end", 1, MAX_BLOCKS)
+        return cls(
+            digest=packing.field(fields, "digest", str, max_length=64),
+            start=packing.integer(fields, "start", 0, end - 1),
+            end=end,
+            key=read_key(fields),
+        )
+
+
+def read_key(fields: Mapping[str, Any]) -> bytes:
+    """Raises:
+    RemoteProtocolError: no key, or one of another length.
+    """
+    key: bytes = packing.field(fields, "key", bytes, max_length=KEY_BYTES)
+    if len(key) != KEY_BYTES:
+        raise RemoteProtocolError(f"a key of {len(key)} bytes")
+    return key
+
+
+def read_state(fields: Mapping[str, Any]) -> str:
+    """Raises:
+    RemoteProtocolError: none that a call can be in.
+    """
+    state = packing.field(fields, "state", str, max_length=16)
+    if state not in STATES:
+        raise RemoteProtocolError(f"a call is {state!r}")
+    return state
