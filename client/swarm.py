@@ -171,6 +171,8 @@ class AsyncSwarm:
         """
         from client.session import Session
 
+        if tuning is not None:
+            raise InvalidInput("sessions with what is trained inside of blocks are not there yet: call model(input_ids)")
         return Session(
             self.host,
             self._finder(model, accepts),
@@ -181,7 +183,6 @@ class AsyncSwarm:
             measures_error=measures_error,
             nearness=self._nearness,
             choices=choices,
-            tuning=tuning,
         )
 
     async def trainer(
