@@ -172,7 +172,7 @@ class AsyncSwarm:
         from client.session import Session
 
         if tuning is not None:
-            raise InvalidInput("sessions with what is trained inside of blocks are not there yet: call model(input_ids)")
+            raise InvalidInput("sessions do not have what is trained inside of blocks yet: call model(input_ids)")
         return Session(
             self.host,
             self._finder(model, accepts),
