@@ -24,7 +24,7 @@ from compute.cache import KVCache, SlotMemory
 from compute.errors import BadInput, BadOutput, OutOfCache
 from compute.estimates import Kind
 from compute.slots import Change, Place, Slot
-from compute.tuning import SpanTuning
+from compute.tuning import ServedTuning, SpanTuning, check_finite
 
 _log = logging.getLogger(__name__)
 # How torch says that memory is out on the CPU, where it has no error of its own for it.
@@ -46,6 +46,7 @@ class Work:
         position: Of its first token.
         gradient: For backward: that of the output, [b, t, d].
         tuning: For training: what is added within these blocks, and no others.
+        added: For a session: what is added within these blocks.
         order: For a session whose rows change places: which row each one was before, [b].
         pads: How many tokens of padding each row begins with, [b]; ``None`` if none has any.
         every_block: The result is what each block gives.
@@ -65,6 +66,7 @@ class Work:
     position: int = 0
     gradient: Tensor | None = None
     tuning: SpanTuning | None = None
+    added: ServedTuning | None = None
     order: Tensor | None = None
     pads: Tensor | None = None
     every_block: bool = False
@@ -80,6 +82,11 @@ class Work:
     def passes(self) -> int:
         """Through which its tokens go."""
         return len(self.span) * (2 if self.kind is Kind.BACKWARD else 1)
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing is asked for beside what the blocks give in the end."""
+        return not self.every_block and self.added is None
 
     @property
     def dim(self) -> int:
@@ -148,6 +155,18 @@ class Runner:
         outputs = self._memory[slot].outputs
         return torch.cat([outputs[end] for end in sorted(outputs) if start < end <= stop], dim=1)
 
+    def served(self, tuning: SpanTuning, span: BloomSpan) -> ServedTuning:
+        """What is added for a session.
+
+        Raises:
+            BadInput: ``not-finite``.
+            OutOfMemory: There is no memory for it.
+        """
+        try:
+            return ServedTuning(tuning, span)
+        except Exception as exc:
+            raise _named(exc) from exc
+
     def clear(self) -> None:
         """Let all memory go."""
         for slot in list(self._memory):
@@ -211,7 +230,7 @@ class Runner:
             cache = self._cache(work)
             if cache is None:
                 raise ValueError("a decode step without a cache")
-            steps[work] = Step(hidden, cache, work.position)
+            steps[work] = Step(hidden, cache, work.position, work.added)
         if not _finite(torch.cat([step.hidden.flatten(0, 1) for step in steps.values()])):
             errors |= {work: _bad_input(step.hidden) for work, step in steps.items() if not _finite(step.hidden)}
             steps = {work: step for work, step in steps.items() if work not in errors}
@@ -247,9 +266,7 @@ class Runner:
             if values is not None and not _finite(values):
                 raise _bad_input(values)
         if work.tuning is not None:
-            for name, tensor in work.tuning.tensors.items():
-                if not _finite(tensor):
-                    raise BadInput("not-finite", f"NaN or infinity in {name} of the tuning")
+            check_finite(work.tuning)
         work.outputs = []
         if work.prefix and work.place is not None and work.place.shared_slot is not None:
             kept = self._memory[work.place.shared_slot].outputs
@@ -271,9 +288,10 @@ class Runner:
         if work.every_block:
             hidden = _each_block(piece, hidden, cache, position)  # [b, c, d]
         elif work.kind is Kind.DECODE and cache is not None:
-            hidden = span.decode(hidden, cache, position)  # [b, t, d]
+            hidden = span.decode(hidden, cache, position, work.added)  # [b, t, d]
         else:
-            hidden = span(hidden, cache, position, piece.first, piece.last, work.tuning)  # [b, c, d] or [c, t, d]
+            tuning = work.tuning if cache is None else work.added
+            hidden = span(hidden, cache, position, piece.first, piece.last, tuning)  # [b, c, d] or [c, t, d]
         if piece.last < len(span):
             work.between.append(hidden)
             return
@@ -294,12 +312,13 @@ def _each_block(piece: Piece, hidden: Tensor, cache: KVCache | None, position: i
         hidden: [b, c, d]
         returns: [b, c, d]
     """
-    (outputs,) = piece.work.outputs  # [n, b, t, d]
+    work = piece.work
+    (outputs,) = work.outputs  # [n, b, t, d]
     for index in range(piece.first, piece.last):
-        hidden = piece.work.span(hidden, cache, position, index, index + 1)  # [b, c, d]
+        hidden = work.span(hidden, cache, position, index, index + 1, work.added)  # [b, c, d]
         if not _finite(hidden):
             raise _bad_output(hidden)
-        part = outputs[index].narrow(1, position - piece.work.position, hidden.shape[1])  # [b, c, d]
+        part = outputs[index].narrow(1, position - work.position, hidden.shape[1])  # [b, c, d]
         part.copy_(hidden.to(device="cpu", dtype=outputs.dtype))
     return hidden
 

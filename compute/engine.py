@@ -21,7 +21,7 @@ import hashlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -41,7 +41,7 @@ from compute.scheduler import Batch, Job, Scheduler, Slice, State, Ticket
 from compute.slots import Change, NoRoom, Slots
 from compute.tensors import tensor_bytes
 from compute.thread import ModelThread
-from compute.tuning import Gradients, SpanTuning
+from compute.tuning import Gradients, ServedTuning, SpanTuning
 from compute.watcher import Watcher
 from net.nurseries import open_service_nursery
 
@@ -58,6 +58,7 @@ class _Session:
     Attributes:
         padding: How many tokens of padding each row begins with, by :meth:`Engine.open_session`, [b], or ``None``.
         pads: The same after rows have changed places.
+        added: What is added within its blocks.
         waiting: Steps that wait or run.
         asked: Steps that have been asked for.
         hashed: Its first tokens, as far as they came in whole chunks one after another, and their digest so far.
@@ -72,6 +73,7 @@ class _Session:
     max_length: int
     padding: Tensor | None = None
     pads: Tensor | None = None
+    added: ServedTuning | None = None
     waiting: int = 0
     asked: int = 0
     hashed: tuple[int, hashlib._Hash] | None = None
@@ -134,6 +136,7 @@ class Engine:
         self._sessions: dict[int, _Session] = {}
         self._closing: dict[int, _Session] = {}
         self._requests: dict[Ticket, _Request] = {}
+        self._tuning_bytes = 0  # of what is being made for sessions that are not open yet
         self._keys = itertools.count(1)
         self._state = "new"  # new -> running -> stopping -> stopped
         # To the thread and back
@@ -198,6 +201,7 @@ class Engine:
         end: int | None = None,
         peer: Hashable = None,
         pads: Sequence[int] | None = None,
+        tuning: SpanTuning | None = None,
     ) -> int:
         """Open a session; its cache is taken as it grows.
 
@@ -213,6 +217,8 @@ class Engine:
             peer: On whose account; ``None`` is a peer like any other.
             pads: How many tokens of padding each row begins with, which no other token sees; none if ``None``. They
                 move along when rows change places, and a step at position 0 begins with these again.
+            tuning: What is added within these blocks, and within others perhaps, for this session alone. Its prompts
+                are for each row's first tokens after the padding. It is copied.
 
         Returns:
             The session's id.
@@ -221,8 +227,11 @@ class Engine:
             BadInput: ``bad-value``: an argument is no integer or less than 1, ``batch`` is more than the
                 engine allows, the blocks are not within the span, or ``pads`` are not one number from 0 and
                 below ``max_length`` for each row; ``too-long``: ``max_length`` is more
-                than the engine allows, or a token of each row more than the whole cache.
-            EngineBusy: Too many sessions are open, of this peer or in all, and none has been idle for long.
+                than the engine allows, or a token of each row more than the whole cache; or the tuning, than a peer
+                may have. As in :meth:`forward` for what else can be wrong with a tuning.
+            EngineBusy: Too many sessions are open, of this peer or in all, and none has been idle for long; or what
+                they add takes too much memory together.
+            OutOfCache: There is no memory for the tuning.
             EngineStopped: The engine does not run.
         """
         await trio.lowlevel.checkpoint()
@@ -237,6 +246,10 @@ class Engine:
             )
         padding = read_pads(pads, batch, max_length)
         span = self._part(start, end)
+        added = None
+        if tuning is not None:
+            added = await self._added(self._tuning_of(tuning, span), span, peer)
+            self._check_running()
         key = next(self._keys)
         try:
             change = self._slots.open(
@@ -248,7 +261,7 @@ class Engine:
             raise busy from refused
         self._follow(change)
         self._sessions[key] = _Session(
-            key=key, peer=peer, span=span, rows=batch, max_length=max_length, padding=padding
+            key=key, peer=peer, span=span, rows=batch, max_length=max_length, padding=padding, added=added
         )
         return key
 
@@ -328,6 +341,7 @@ class Engine:
             span=opened.span,
             hidden=hidden[:, shared:],
             position=position + shared,
+            added=opened.added,
             order=places,
             every_block=every_block,
             prefix=shared,
@@ -522,6 +536,34 @@ class Engine:
             raise BadInput("bad-value", f"a tuning of blocks {blocks}")
         return tuning.part(span.start, span.end)
 
+    async def _added(self, tuning: SpanTuning, span: BloomSpan, peer: Hashable) -> ServedTuning:
+        """A tuning of a span's blocks, for sessions; once for all that have the same."""
+        key = await trio.to_thread.run_sync(lambda: tuning.key)
+        theirs, known = self._tunings(peer), self._tunings()
+        share, most = self.settings.tuning_bytes_per_peer, self.settings.tuning_bytes
+        if tuning.n_bytes > share:
+            raise BadInput("too-long", f"a tuning of {tuning.n_bytes} bytes, at most {share} are served")
+        if key not in theirs and _n_bytes(theirs) + tuning.n_bytes > share:
+            raise EngineBusy(f"what your sessions add is more than {share} bytes together")
+        if key in known:
+            return known[key]
+        if _n_bytes(known) + self._tuning_bytes + tuning.n_bytes > most:
+            raise EngineBusy(f"what sessions add is more than {most} bytes together")
+        self._tuning_bytes += tuning.n_bytes
+        try:
+            return await self._thread.run(lambda _: self._runner.served(tuning, span))
+        finally:
+            self._tuning_bytes -= tuning.n_bytes
+
+    def _tunings(self, *peers: Hashable) -> dict[bytes, ServedTuning]:
+        """What open sessions add, by key; those of some peers, or of all."""
+        sessions = [*self._sessions.values(), *self._closing.values()]
+        return {
+            each.added.key: each.added
+            for each in sessions
+            if each.added is not None and (not peers or each.peer in peers)
+        }
+
     # Prefixes
 
     async def _digests(
@@ -540,7 +582,8 @@ class Engine:
                 hasher = hashed[1].copy()
             else:
                 pads = None if opened.padding is None else opened.padding.tolist()
-                hasher = hashlib.sha256(f"{hidden.dtype} {opened.rows} {chunk} {pads}".encode())
+                added = None if opened.added is None else opened.added.key.hex()
+                hasher = hashlib.sha256(f"{hidden.dtype} {opened.rows} {chunk} {pads} {added}".encode())
             found: list[tuple[int, bytes]] = []
             for end in range(chunk, hidden.shape[1] + 1, chunk):
                 hasher.update(tensor_bytes(hidden[:, end - chunk : end].cpu().contiguous()))
@@ -684,7 +727,7 @@ class Engine:
         self._busy_s += took_s
         first = batch.slices[0]
         is_lone = batch.kind is Kind.DECODE and batch.rows == 1 and first.work == len(self.span)
-        if is_lone and not self._requests[first.ticket].work.every_block:
+        if is_lone and self._requests[first.ticket].work.is_plain:
             self._lone_steps += 1
             self._lone_s += took_s
         if self._watcher is not None:
@@ -698,6 +741,7 @@ class Engine:
         request = self._requests.pop(ticket)
         request.error = error
         work, session = request.work, request.session
+        work.added = None  # an error would keep it
         finished = ticket.state is State.FINISHED and not ticket.unwanted
         if session is not None:
             session.waiting -= 1
@@ -766,11 +810,13 @@ class Engine:
         for ticket in self._scheduler.forget_session(key):
             self._end(ticket, BadInput("no-session", "the session was ended to make room, or after an earlier step"))
         session.closing = True
+        session.added = None
         session.closed.set()
 
     def _close_if_idle(self, session: _Session) -> None:
         if session.closing and not session.waiting and self._closing.pop(session.key, None) is not None:
             self._follow(self._slots.close(session.key))
+            session.added = None
             session.closed.set()
 
     def _stop(self) -> None:
@@ -802,6 +848,10 @@ class Engine:
         except BaseException as exc:  # noqa: BLE001  # raised by the dispatcher
             self._bug = exc
             self._wake.set()
+
+
+def _n_bytes(tunings: Mapping[bytes, ServedTuning]) -> int:
+    return sum(each.n_bytes for each in tunings.values())
 
 
 def _ends_session(error: BaseException | None) -> bool:

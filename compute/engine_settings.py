@@ -33,6 +33,8 @@ class EngineSettings:
         keep_s: After so long it is ended.
         share_prefixes: Whether sessions of one peer that begin alike compute and hold the first chunks once.
         share_between_peers: Whether those of different peers do, too; see :class:`compute.slots.SlotSettings`.
+        tuning_bytes: Most that all sessions' tunings take together; those that are the same count once.
+        tuning_bytes_per_peer: Of one peer.
         threads: Threads that torch may use within a step, or ``None`` for torch's own choice.
     """
 
@@ -49,6 +51,8 @@ class EngineSettings:
     keep_s: float = 600.0
     share_prefixes: bool = True
     share_between_peers: bool = False
+    tuning_bytes: int = 1 << 30
+    tuning_bytes_per_peer: int = 1 << 28
     threads: int | None = None
 
     def __post_init__(self) -> None:

@@ -20,9 +20,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from compute.bloom.block import BloomSpan
 from compute.bloom.config import BloomConfig
-from compute.bloom.tuned import BlockTuning, Matrices
+from compute.bloom.tuned import BlockTuning, LowRank, Matrices
 from compute.errors import BadInput
+from compute.linear import FrozenLinear
+from compute.linear.plain import Float32Linear
 from compute.tensors import to_wire
 
 TARGETS: Final = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
@@ -183,6 +186,11 @@ class SpanTuning:
         """SHA-256 of what it is and all of its numbers: 32 bytes that name it."""
         return tuning_key(self.form, self.start, self.end, [to_wire(each)[2] for each in self.tensors.values()])
 
+    @property
+    def n_bytes(self) -> int:
+        """Of its numbers."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
     def check(self, config: BloomConfig) -> None:
         """Whether it fits a model. Values are not looked at.
 
@@ -210,6 +218,49 @@ class SpanTuning:
         return block_tuning(self.form, [tensor.to(device) for tensor in self.block_tensors(number)])
 
 
+class ServedTuning:
+    """What is added for a session, in the form that is best for many small steps: on the CPU, a row has the same bits
+    alone and beside any others, up to 32 rows. On GPUs it is where the blocks are.
+
+    Attributes:
+        key: As of :class:`SpanTuning`.
+        n_bytes: Of its numbers.
+    """
+
+    def __init__(self, tuning: SpanTuning, span: BloomSpan) -> None:
+        """Copy what is added within a span's blocks.
+
+        Raises:
+            BadInput: ``not-finite``.
+            RuntimeError: There is no memory, as torch says it.
+        """
+        check_finite(tuning)
+        self.key = tuning.key
+        self.n_bytes = tuning.n_bytes
+        self._blocks = {
+            span.start + index: _serve(tuning, span.start + index, device)
+            for stage, device in zip(span.stages, span.devices, strict=True)
+            for index in stage
+        }
+
+    def block(self, number: int, device: torch.device) -> BlockTuning:
+        """See :class:`compute.bloom.tuned.Tuning`."""
+        return self._blocks[number]
+
+
+@dataclass(frozen=True, eq=False)
+class _Packed:
+    """``A`` and ``B`` as linear layers whose rows are independent; see :class:`compute.bloom.tuned.LowRank`."""
+
+    a: FrozenLinear
+    b: FrozenLinear
+    scale: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        output: Tensor = self.b(self.a(x.float()) * self.scale)  # [..., out]
+        return output
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Gradients:
     """What a call back through blocks gives.
@@ -230,6 +281,34 @@ def block_tuning(form: TuningForm, tensors: Sequence[Tensor]) -> BlockTuning:
     prompts = rest.pop(0) if form.prompts else None
     pairs = zip(form.targets, rest[::2], rest[1::2], strict=True)
     return BlockTuning(prompts, {target: Matrices(a, b, form.scale) for target, a, b in pairs})
+
+
+def check_finite(tuning: SpanTuning) -> None:
+    """Look at all values.
+
+    Raises:
+        BadInput: ``not-finite``.
+    """
+    for name, tensor in tuning.tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise BadInput("not-finite", f"NaN or infinity in {name} of the tuning")
+
+
+def _serve(tuning: SpanTuning, number: int, device: torch.device) -> BlockTuning:
+    copies = [tensor.detach().to(device, copy=True) for tensor in tuning.block_tensors(number)]
+    block = block_tuning(tuning.form, copies)
+    if device.type != "cpu":
+        return block
+    packed: dict[str, LowRank] = {
+        target: _Packed(_pack(matrices.a), _pack(matrices.b), matrices.scale)
+        for target, matrices in block.low_rank.items()
+        if isinstance(matrices, Matrices)
+    }
+    return BlockTuning(block.prompts, packed)
+
+
+def _pack(matrix: Tensor) -> FrozenLinear:
+    return Float32Linear.pack(matrix, matrix.new_zeros(len(matrix)))
 
 
 def tuning_key(form: TuningForm, start: int, end: int, pieces: Sequence[memoryview | bytes]) -> bytes:

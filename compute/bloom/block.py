@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from compute.bloom.alibi import alibi_bias, slopes
 from compute.bloom.config import BloomConfig
 from compute.bloom.gelu import gelu
-from compute.bloom.segments import EagerSegments, Graphs, Segments
-from compute.bloom.tuned import Additions, Tuning
+from compute.bloom.segments import EagerSegments, Graphs, Segments, TunedSegments
+from compute.bloom.tuned import Additions, BatchTuning, TunedRows, Tuning
 from compute.linear import FrozenLinear
 
 SINGLY_TOKENS: Final = 32  # of all rows: up to so many rows are independent, and a decode step has no more
@@ -72,11 +72,13 @@ class Step:
         hidden: Their hidden states, [b, t, d].
         cache: The session's keys and values, with room for ``position + t`` tokens.
         position: Index of the first token.
+        tuning: What is added for this session within these blocks.
     """
 
     hidden: Tensor
     cache: SpanCache
     position: int
+    tuning: Tuning | None = None
 
 
 class BloomAttention(nn.Module):
@@ -420,7 +422,7 @@ class BloomSpan(nn.Module):
         output: Tensor = self.blocks[index](hidden, bias, cache, index, position, block)  # [b, t, d]
         return output
 
-    def decode(self, hidden: Tensor, cache: SpanCache, position: int) -> Tensor:
+    def decode(self, hidden: Tensor, cache: SpanCache, position: int, tuning: Tuning | None = None) -> Tensor:
         """Run every block on a session's next few tokens, from graphs if there are any.
 
         Shapes:
@@ -428,8 +430,8 @@ class BloomSpan(nn.Module):
             returns: [b, t, d]
         """
         if self.graphs:
-            return self.steps([Step(hidden, cache, position)])[0]
-        output: Tensor = self(hidden, cache, position)
+            return self.steps([Step(hidden, cache, position, tuning)])[0]
+        output: Tensor = self(hidden, cache, position, 0, None, tuning)
         return output
 
     def steps(self, steps: Sequence[Step]) -> list[Tensor]:
@@ -467,8 +469,8 @@ class BloomSpan(nn.Module):
         """
         stage = self.stages[number]
         blocks = self._listed()[stage.start : stage.stop]
-        segments = self._segments(number, blocks, len(rows))
         parts = self._parts(steps, rows)
+        segments = self._segments(number, blocks, parts, rows)
         fused = segments.begin(rows)  # [n, 3d]
         for index, block in enumerate(blocks):
             merged = segments.room  # [n, d]
@@ -493,8 +495,13 @@ class BloomSpan(nn.Module):
             start += b * t
         return parts
 
-    def _segments(self, number: int, blocks: Sequence[BloomBlock], rows: int) -> Segments:
-        found = self.graphs[number].segments(rows) if self.graphs else None
+    def _segments(self, number: int, blocks: Sequence[BloomBlock], parts: Sequence[_Part], rows: Tensor) -> Segments:
+        """What a stage runs for these rows, [n, d]: from graphs, unless something is added for anybody."""
+        if any(part.step.tuning is not None for part in parts):
+            first = self.start + self.stages[number].start
+            numbers = range(first, first + len(blocks))
+            return TunedSegments(blocks, [_added(parts, number, rows.device) for number in numbers])
+        found = self.graphs[number].segments(len(rows)) if self.graphs else None
         return EagerSegments(blocks) if found is None else found
 
     def _listed(self) -> list[BloomBlock]:
@@ -544,6 +551,24 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tens
         for index, end in enumerate(range(length - t + 1, length + 1))
     ]
     return torch.cat(contexts, dim=2)  # [b, h, t, hd]
+
+
+def _added(parts: Sequence[_Part], number: int, device: torch.device) -> BatchTuning:
+    """What steps add within a block, by its number in the model."""
+    tuned = [(part, part.step.tuning) for part in parts]
+    return BatchTuning(
+        [
+            TunedRows(
+                rows=slice(part.start, part.start + part.b * part.t),
+                shape=(part.b, part.t),
+                position=part.step.position,
+                pads=part.step.cache.pads,
+                block=tuning.block(number, device),
+            )
+            for part, tuning in tuned
+            if tuning is not None
+        ]
+    )
 
 
 def _device(block: nn.Module) -> torch.device:

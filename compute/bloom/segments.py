@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from compute.bloom.tuned import BatchTuning
+
 if TYPE_CHECKING:
     from compute.bloom.block import BloomBlock
 
@@ -66,3 +68,37 @@ class EagerSegments:
             return hidden
         self._residual, fused = self._blocks[index + 1].enter(hidden)
         return fused  # [n, 3d]
+
+
+class TunedSegments:
+    """Segments with what is added for some of the rows, run kernel by kernel."""
+
+    def __init__(self, blocks: Sequence[BloomBlock], added: Sequence[BatchTuning]) -> None:
+        """Take consecutive blocks on one device, and what is added to each."""
+        self._blocks = blocks
+        self._added = added
+        self._residual = self._room = torch.empty(0)
+
+    @property
+    def room(self) -> Tensor:
+        """See :class:`Segments`."""
+        return self._room
+
+    def begin(self, hidden: Tensor) -> Tensor:
+        """See :class:`Segments`; ``hidden`` may be written into."""
+        self._room = torch.empty_like(hidden)  # [n, d]
+        return self._enter(0, hidden)  # [n, 3d]
+
+    def go_on(self, index: int) -> Tensor:
+        """See :class:`Segments`."""
+        hidden = self._blocks[index].leave(self._room, self._residual, self._added[index])  # [n, d]
+        return hidden if index + 1 == len(self._blocks) else self._enter(index + 1, hidden)  # [n, d] or [n, 3d]
+
+    def _enter(self, index: int, hidden: Tensor) -> Tensor:
+        """Shapes:
+        hidden: [n, d]
+        returns: [n, 3d]
+        """
+        added = self._added[index]
+        self._residual, fused = self._blocks[index].enter(added.begin(hidden), added)
+        return fused

@@ -9,7 +9,7 @@ Source: Hu et al., "LoRA", arXiv 2106.09685; Liu et al., "P-Tuning v2", arXiv 21
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -105,10 +105,10 @@ class BlockTuning:
             mine = self.prompts[position : position + tokens]  # [c, d]
             first = (hidden[:, : len(mine)] + mine).to(hidden.dtype)  # [b, c, d]
             return first if len(mine) == tokens else torch.cat([first, hidden[:, len(mine) :]], dim=1)  # [b, t, d]
+        if position >= count + int(pads.max()):
+            return hidden
         places = torch.arange(position, position + tokens) - pads.cpu()[:, None]  # [b, t]
         rows, columns = ((places >= 0) & (places < count)).nonzero(as_tuple=True)  # 2 x [m]
-        if not len(rows):
-            return hidden
         mine = self.prompts[places[rows, columns].to(hidden.device)]  # [m, d]
         where = rows.to(hidden.device), columns.to(hidden.device)
         return hidden.index_put(where, (hidden[where] + mine).to(hidden.dtype))  # [b, t, d]
@@ -117,3 +117,52 @@ class BlockTuning:
         """See :class:`Additions`."""
         low_rank = self.low_rank.get(name)
         return y if low_rank is None else y + low_rank(x).to(y.dtype)  # [..., out]
+
+
+@dataclass(frozen=True, eq=False)
+class TunedRows:
+    """A step's rows among those of all steps, and what is added to them.
+
+    Attributes:
+        rows: Which ones.
+        shape: How many rows and tokens they are: b, t.
+        position: Index of the first token.
+        pads: As for :meth:`BlockTuning.begin`.
+        block: What is added.
+    """
+
+    rows: slice
+    shape: tuple[int, int]
+    position: int
+    pads: Tensor | None
+    block: BlockTuning
+
+
+class BatchTuning:
+    """Additions to one block, other ones for each of several steps; without gradients."""
+
+    def __init__(self, parts: Sequence[TunedRows]) -> None:
+        """Take those of steps that have any."""
+        self._parts = parts
+
+    def begin(self, hidden: Tensor) -> Tensor:
+        """All steps' tokens as they go into the block; may be written into ``hidden``.
+
+        Shapes:
+            hidden: [n, d]
+            returns: [n, d]
+        """
+        for part in self._parts:
+            before = hidden[part.rows].view(*part.shape, -1)  # [b, t, d]
+            after = part.block.begin(before, part.position, part.pads)  # [b, t, d]
+            if after is not before:
+                before.copy_(after)
+        return hidden
+
+    def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """See :class:`Additions`; written into ``y``."""
+        for part in self._parts:
+            low_rank = part.block.low_rank.get(name)
+            if low_rank is not None:
+                y[part.rows] += low_rank(x[part.rows]).to(y.dtype)  # [m, out]
+        return y

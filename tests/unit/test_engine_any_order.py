@@ -20,11 +20,15 @@ from trio.testing import MockClock
 from compute.cache import KVCache
 from compute.engine import Engine, EngineSettings
 from compute.errors import BadInput, BadOutput, EngineBusy, OutOfCache
+from compute.tuning import ServedTuning
 from tests.unit.engines import hidden_states, make_span, running
+from tests.unit.tunings import BOTH, make_tuning
 
 LENGTH = 128
 CHUNK = 20
 SPAN = make_span()
+TUNINGS = [make_tuning(BOTH), make_tuning(BOTH, seed=1), None]
+SERVED = [None if each is None else ServedTuning(each, SPAN) for each in TUNINGS]
 SETTINGS = EngineSettings(
     cache_tokens=512, max_length_tokens=LENGTH, max_sessions=8, max_sessions_per_peer=5, chunk_tokens=CHUNK,
     lease_s=10, keep_s=30,
@@ -45,6 +49,7 @@ class Model:
 
     rows: int
     pads: Tensor | None = None
+    tuning: ServedTuning | None = None
     length: int = 0
     cache: KVCache = field(init=False)
 
@@ -61,7 +66,8 @@ class Model:
         tokens = hidden.shape[1]
         chunk = tokens if self.rows * tokens <= 32 else max(1, CHUNK // self.rows)
         outputs = [
-            SPAN(hidden[:, start : start + chunk], self.cache, position + start) for start in range(0, tokens, chunk)
+            SPAN(hidden[:, start : start + chunk], self.cache, position + start, tuning=self.tuning)
+            for start in range(0, tokens, chunk)
         ]
         self.length = position + tokens
         return torch.cat(outputs, dim=1)
@@ -72,6 +78,7 @@ class Open:
     peer: str
     rows: int
     is_padded: bool
+    tuning: int  # of those that there are; the last is none
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,13 @@ class Wait:
     seconds: float
 
 
-OPENS = st.builds(Open, peer=st.sampled_from(["hog", "hog", "a", "b"]), rows=st.integers(1, 2), is_padded=st.booleans())
+OPENS = st.builds(
+    Open,
+    peer=st.sampled_from(["hog", "hog", "a", "b"]),
+    rows=st.integers(1, 2),
+    is_padded=st.booleans(),
+    tuning=st.sampled_from([0, 1, -1, -1]),
+)
 STEPS = st.builds(
     Step,
     which=st.integers(0, 7),
@@ -120,11 +133,13 @@ class World:
     async def open(self, what: Open) -> None:
         pads = [5, 21][: what.rows] if what.is_padded else None
         try:
-            key = await self.engine.open_session(batch=what.rows, max_length=LENGTH, peer=what.peer, pads=pads)
+            key = await self.engine.open_session(
+                batch=what.rows, max_length=LENGTH, peer=what.peer, pads=pads, tuning=TUNINGS[what.tuning]
+            )
         except EngineBusy as refused:
             assert refused.retry_after_s > 0
         else:
-            self.models[key] = Model(what.rows, None if pads is None else torch.tensor(pads))
+            self.models[key] = Model(what.rows, None if pads is None else torch.tensor(pads), SERVED[what.tuning])
 
     async def step(self, key: int, what: Step) -> None:
         model = self.models[key]
@@ -208,6 +223,7 @@ async def scenario(rounds: list[list[Any]], clock: MockClock) -> None:
         await engine.measure(1)
         assert not engine._runner._memory
         assert not engine._closing
+        assert not engine._tunings() and not engine._tuning_bytes
 
 
 @settings(max_examples=60, deadline=None)
