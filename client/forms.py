@@ -8,16 +8,15 @@ handed on where a new one has been made within them loses nothing: tokens do not
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Final
 
 from client.errors import InvalidInput
 from client.routing import Hop
-from client.session_core import Choose
+from client.session_core import Choose, Gap
 from compute.wire_forms import Form, default_form
-from net.identity import PeerId
-from net.protocol.announcement import NodeAnnouncement, Numerics
+from net.protocol.announcement import NodeAnnouncement
 from net.protocol.session import Sent
 
 CHOICES: Final[Mapping[str, Form | None]] = {"auto": None, "bf16": Form.BFLOAT16, "int8": Form.INT8}
@@ -96,29 +95,20 @@ class SessionForms:
     def within_cuts(self, choose: Choose) -> Choose:
         """Choose so that no hop reaches over a cut."""
 
-        def chosen(
-            nodes: Sequence[NodeAnnouncement],
-            start: int,
-            end: int,
-            *,
-            avoid: Mapping[PeerId, str],
-            numerics: Numerics | None,
-            before: NodeAnnouncement | None,
-            after: NodeAnnouncement | None,
-        ) -> list[Hop]:
-            cuts = [] if self.asked is None else sorted(cut for cut in self._cuts or () if start < cut < end)
+        def chosen(gap: Gap) -> list[Hop]:
+            known = () if self.asked is None else self._cuts or ()
+            cuts = sorted(cut for cut in known if gap.start < cut < gap.end)
             hops: list[Hop] = []
-            for first, last in zip([start, *cuts], [*cuts, end], strict=True):
-                hops += choose(
-                    nodes,
-                    first,
-                    last,
-                    avoid=avoid,
-                    numerics=numerics,
-                    before=hops[-1].node if hops else before,
-                    after=after if last == end else None,
+            for first, last in zip([gap.start, *cuts], [*cuts, gap.end], strict=True):
+                part = replace(
+                    gap,
+                    start=first,
+                    end=last,
+                    numerics=hops[0].node.numerics if hops else gap.numerics,
+                    before=hops[-1].node if hops else gap.before,
+                    after=gap.after if last == gap.end else None,
                 )
-                numerics = numerics or hops[0].node.numerics
+                hops += choose(part)
             return hops
 
         return chosen

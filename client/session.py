@@ -34,7 +34,7 @@ from net import errors
 from net.host import Host
 from net.identity import PeerId
 from net.protocol import session as wire
-from net.protocol.announcement import NodeAnnouncement, Numerics
+from net.protocol.announcement import NodeAnnouncement
 from net.reputation import Reputation
 from net.rpc import lane
 from net.rpc.framing import MAX_FRAME_BYTES, MAX_HEADER_BYTES, Message
@@ -489,7 +489,7 @@ class Session:
             if self._core is not None:
                 self._core.forbidden(leg.key, InvalidInput(str(error)))
 
-    def _fields(self, action: core.Send | core.Resend) -> Mapping[str, object]:
+    def _fields(self, action: core.Piece) -> Mapping[str, object]:
         every = self._every is not None and isinstance(action, core.Send) and action.end > self._every.position
         if every:
             self._every_runs[action.run] = action.leg, action.position
@@ -535,30 +535,22 @@ class Session:
             session.nodes_missing(found, trio.current_time())
         self._go_on()
 
-    def _choose(
-        self,
-        nodes: Sequence[NodeAnnouncement],
-        start: int,
-        end: int,
-        *,
-        avoid: Mapping[PeerId, str],
-        numerics: Numerics | None,
-        before: NodeAnnouncement | None,
-        after: NodeAnnouncement | None,
-    ) -> list[Hop]:
+    def _choose(self, gap: core.Gap) -> list[Hop]:
         """The best hops there are, of nodes that have not failed others lately if there are enough of these."""
-        wishes = replace(self._wishes(), start=start, end=end, numerics=numerics, before=before, after=after)
-        measured = self._measured(nodes)
+        wishes = replace(
+            self._wishes(), start=gap.start, end=gap.end, numerics=gap.numerics, before=gap.before, after=gap.after
+        )
+        nodes, measured = gap.nodes, self._measured(gap.nodes)
         avoided = self._reputation.avoided()
         if avoided:
             with suppress(MissingBlocks):
-                return choose_chain(nodes, avoid={**avoided, **avoid}, wishes=wishes, measured=measured)
+                return choose_chain(nodes, avoid={**avoided, **gap.avoid}, wishes=wishes, measured=measured)
         try:
-            return choose_chain(nodes, avoid=avoid, wishes=wishes, measured=measured)
+            return choose_chain(nodes, avoid=gap.avoid, wishes=wishes, measured=measured)
         except MissingBlocks:
-            if numerics is not None or not self._choices.mixed_numerics:
+            if gap.numerics is not None or not self._choices.mixed_numerics:
                 raise
-        return _mixed_chain(nodes, avoid, wishes, measured)
+        return _mixed_chain(nodes, gap.avoid, wishes, measured)
 
     def _find_better(
         self, nodes: Sequence[NodeAnnouncement], old: Sequence[Hop], *, avoid: Mapping[PeerId, str]

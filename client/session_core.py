@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final, Protocol
 
 from client.errors import ClientError, MissingBlocks, SessionFailed, UnknownModel
@@ -102,11 +103,15 @@ class Link:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Send:
-    """Send a step; then ``answered`` or ``refused``.
+class Piece:
+    """Have a run begin at a node; then ``answered`` or ``refused``.
 
     Attributes:
-        payload: What is sent; ``None`` for tokens ``[position, end)`` of the journal.
+        leg: Which node's.
+        run: Its number.
+        position, end: Which tokens.
+        push: How many legs it is handed on to.
+        keep: Of how many tokens, at the end, results are wanted here.
         with_order: Together with the order that rows have changed to.
     """
 
@@ -116,21 +121,23 @@ class Send:
     end: int
     push: int
     keep: int
-    payload: Any = None
     with_order: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resend:
-    """Have a node hand on what it gave before; then ``answered`` or ``refused``."""
+class Send(Piece):
+    """Send a step.
 
-    leg: int
-    run: int
-    position: int
-    end: int
-    push: int
-    keep: int
-    with_order: bool = False
+    Attributes:
+        payload: What is sent; ``None`` for the tokens as they are in the journal.
+    """
+
+    payload: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resend(Piece):
+    """Have a node hand on what it gave before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,25 +158,28 @@ class Close:
 Action = FindNodes | Open | Link | Send | Resend | Ask | Close
 
 
-class Choose(Protocol):
-    """How a chain is chosen."""
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """Blocks ``[start, end)`` that hops are wanted for.
 
-    def __call__(
-        self,
-        nodes: Sequence[NodeAnnouncement],
-        start: int,
-        end: int,
-        *,
-        avoid: Mapping[PeerId, str],
-        numerics: Numerics | None,
-        before: NodeAnnouncement | None,
-        after: NodeAnnouncement | None,
-    ) -> list[Hop]:
-        """Hops over blocks [start, end), all in these numerics, or in one class if that is ``None``.
+    Attributes:
+        nodes: Who there is.
+        avoid: Who must not be chosen, and why.
+        numerics: The class of all hops; any one if that is ``None``.
+        before, after: Who computes what is next to them.
+    """
 
-        Raises:
-            MissingBlocks: There are none.
-        """
+    nodes: Sequence[NodeAnnouncement]
+    start: int
+    end: int
+    avoid: Mapping[PeerId, str]
+    numerics: Numerics | None = None
+    before: NodeAnnouncement | None = None
+    after: NodeAnnouncement | None = None
+
+
+Choose = Callable[[Gap], list[Hop]]
+"""How hops are chosen; it raises MissingBlocks if there are none."""
 
 
 class Better(Protocol):
@@ -740,12 +750,13 @@ class SessionCore:
         before = next((leg.hop.node for leg in self.legs if leg.hop.end == start), None)
         after = next((leg.hop.node for leg in self.legs if leg.hop.start == end), None)
         keeps_to = self.numerics if self._computed or self.legs else None
+        gap = Gap(nodes=nodes, start=start, end=end, avoid=avoid, numerics=keeps_to, before=before, after=after)
         try:
-            return self._choose(nodes, start, end, avoid=avoid, numerics=keeps_to, before=before, after=after)
+            return self._choose(gap)
         except MissingBlocks:
             if keeps_to is None or not self.mixed:
                 raise
-        hops = self._choose(nodes, start, end, avoid=avoid, numerics=None, before=before, after=after)
+        hops = self._choose(replace(gap, numerics=None))
         self.reports.append(
             f"blocks {start}:{end} are computed in {hops[0].node.numerics} from here on, not in {keeps_to}: no other "
             f"nodes are left"
@@ -942,31 +953,18 @@ class SessionCore:
             each.sent = end
             if with_order:
                 each.version, each.keeps, each.tokens = self._journal.version, False, 0
-        if source is not None:
-            self._actions.append(
-                Resend(
-                    leg=source.key,
-                    run=number,
-                    position=position,
-                    end=end,
-                    push=len(legs),
-                    keep=keep,
-                    with_order=with_order,
-                )
+        begin = partial(Send, payload=payload) if source is None else Resend
+        self._actions.append(
+            begin(
+                leg=(source or leg).key,
+                run=number,
+                position=position,
+                end=end,
+                push=len(legs) - (source is None),
+                keep=keep,
+                with_order=with_order,
             )
-        else:
-            self._actions.append(
-                Send(
-                    leg=leg.key,
-                    run=number,
-                    position=position,
-                    end=end,
-                    push=len(legs) - 1,
-                    keep=keep,
-                    payload=payload,
-                    with_order=with_order,
-                )
-            )
+        )
         return True
 
     def _wanted(self, index: int, position: int, end: int) -> int:

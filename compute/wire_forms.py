@@ -261,11 +261,6 @@ def _blocks(width: int) -> int:
 _WIRE_NAMES: Final = {Form.FLOAT32: "f32", Form.FLOAT16: "f16", Form.BFLOAT16: "bf16"}
 
 
-def to_message(hidden: Tensor, form: Form) -> tuple[dict[str, Any], framing.Tensor]:
-    """A message's fields and its tensor, not compressed. Raises: as :func:`encode`."""
-    return _in_message(*encode(hidden, form), form, hidden.shape)
-
-
 def from_message(fields: Mapping[str, Any], tensor: framing.Tensor, batch: int, width: int) -> tuple[Tensor, Form]:
     """Hidden states out of a message, always as float32, so that what is computed of them loses nothing; and the form
     that they had. As :func:`decode`, they may be anything but of another size.

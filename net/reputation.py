@@ -62,8 +62,6 @@ BUCKETS_PER_OCTAVE: Final = 4
 BUCKETS: Final = 84  # up to 209 s
 LATENCY_MEMORY: Final = 200  # what came before so many counts a third: enough for the slowest one in a hundred
 MIN_LATENCIES: Final = 8  # before anything is said about them
-LEAST_DEADLINE_S: Final = 2.0
-DEADLINE: Final = 4.0  # times the latency that one in a hundred exceeds
 
 BASE58: Final = re.compile(r"[1-9A-HJ-NP-Za-km-z]{1,128}")
 
@@ -187,10 +185,6 @@ class Reputation:
         entry = self._entries.get(peer_id)
         return -math.inf if entry is None else entry.avoid_until
 
-    def is_avoided(self, peer_id: PeerId, now: float | None = None) -> bool:
-        """Whether the peer failed so short a time ago that others are to be preferred."""
-        return (self._clock() if now is None else now) < self.avoid_until(peer_id)
-
     def avoided(self) -> dict[PeerId, str]:
         """Those that are avoided now, and what they did."""
         now = self._clock()
@@ -224,13 +218,6 @@ class Reputation:
             if below >= quantile * total:
                 break
         return _latency(bucket)
-
-    def deadline_s(self, peer_id: PeerId, most_s: float) -> float:
-        """For how long to wait for an answer: ``DEADLINE`` times what one in a hundred takes, at least
-        ``LEAST_DEADLINE_S``; ``most_s`` at most, and while hardly any answers are known.
-        """
-        slow_s = self.latency_s(peer_id, 0.99)
-        return most_s if slow_s is None else min(most_s, max(LEAST_DEADLINE_S, DEADLINE * slow_s))
 
     def _seen(self, peer_id: PeerId) -> _Entry:
         now = self._clock()

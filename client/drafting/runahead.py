@@ -175,11 +175,6 @@ class RunAhead(Generic[T]):
         """Tokens that were asked for: what the session holds as far as the caller knows."""
         return self._asked
 
-    @property
-    def is_waiting(self) -> bool:
-        """Whether the caller's step has no result yet."""
-        return self._waiting is not None
-
     # Events
 
     def ask(self, position: int, tokens: Sequence[int], now: float) -> list[Send | SetBack | HandOut[T] | WantDraft]:

@@ -166,23 +166,13 @@ class World:
     def node(self, peer: PeerId) -> SimNode:
         return next(node for node in self.nodes if node.offer.peer_id == peer)
 
-    def _choose(
-        self,
-        nodes: Sequence[NodeAnnouncement],
-        start: int,
-        end: int,
-        *,
-        avoid: Mapping[PeerId, str],
-        numerics: Numerics | None,
-        before: NodeAnnouncement | None,
-        after: NodeAnnouncement | None,
-    ) -> list[Hop]:
+    def _choose(self, gap: core.Gap) -> list[Hop]:
         """Any hops."""
-        usable = [n for n in nodes if n.peer_id not in avoid and numerics in (None, n.numerics)]
-        if numerics is None and usable:
+        usable = [n for n in gap.nodes if n.peer_id not in gap.avoid and gap.numerics in (None, n.numerics)]
+        if gap.numerics is None and usable:
             usable = [n for n in usable if n.numerics == usable[0].numerics]
         hops: list[Hop] = []
-        block = start
+        block, end = gap.start, gap.end
         while block < end:
             here = [n for n in usable if n.start <= block < n.end]
             if not here:
@@ -201,7 +191,7 @@ class World:
         if self.random.random() < 0.3:
             return None
         try:
-            return self._choose(nodes, 0, BLOCKS, avoid=avoid, numerics=numerics, before=None, after=None)
+            return self._choose(core.Gap(nodes=nodes, start=0, end=BLOCKS, avoid=avoid, numerics=numerics))
         except MissingBlocks:
             return None
 

@@ -565,7 +565,6 @@ class Caller:
                 given = action.payload[action.start : action.stop]
                 assert given == tuple(digests(self.ids)[self.asked_at :]), "another context's results"
                 self.asked_at = None
-        assert self.core.is_waiting == (self.asked_at is not None)
         assert self.core.position == len(self.ids)
         assert self.sent_ids[: len(self.ids)] == self.ids
 
@@ -686,7 +685,6 @@ def test_a_token_that_was_foreseen_is_there_at_once_and_another_sets_the_session
     assert isinstance(piece, Send)
     assert (piece.position, piece.tokens) == (8, (9,)), "nothing is known of what follows 9"
     assert core.position == 9
-    assert core.is_waiting
 
 
 def test_drafts_keep_within_the_sessions_limit() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +10,8 @@ import pytest
 from client.errors import InvalidInput
 from client.forms import HopTraffic, SessionForms
 from client.routing import Hop
+from client.session_core import Gap
 from compute.wire_forms import Form
-from net.protocol.announcement import NodeAnnouncement
 from net.protocol.session import Sent
 from tests.unit.announcements import node
 
@@ -59,31 +58,33 @@ def test_a_session_moves_only_to_hops_that_are_cut_alike() -> None:
 def test_nodes_are_chosen_within_the_cuts(wire: str) -> None:
     calls: list[tuple[int, int, Any, Any, Any]] = []
 
-    def choose(
-        nodes: Sequence[NodeAnnouncement], start: int, end: int, *, numerics: Any, before: Any, after: Any, avoid: Any
-    ) -> list[Hop]:
-        calls.append((start, end, numerics, before, after))
-        return [hop(start, end)]
+    def choose(gap: Gap) -> list[Hop]:
+        calls.append((gap.start, gap.end, gap.numerics, gap.before, gap.after))
+        return [hop(gap.start, gap.end)]
 
     forms = SessionForms(wire)
     chosen = forms.within_cuts(choose)
     first, last, some = node(8, 0, 2), node(9, 4, 8), hop(0, 4).node.numerics
-    options: dict[str, Any] = {"avoid": {}, "numerics": None, "before": first, "after": last}
-    assert [(each.start, each.end) for each in chosen([], 0, 8, **options)] == [(0, 8)]
+
+    def spans(start: int, end: int) -> list[tuple[int, int]]:
+        hops = chosen(Gap(nodes=[], start=start, end=end, avoid={}, before=first, after=last))
+        return [(each.start, each.end) for each in hops]
+
+    assert spans(0, 8) == [(0, 8)]
     forms.settle([hop(0, 2), hop(2, 4), hop(4, 8)])
     calls.clear()
-    spans = [(each.start, each.end) for each in chosen([], 1, 8, **options)]
+    found = spans(1, 8)
     if wire == "auto":
-        assert spans == [(1, 8)]
+        assert found == [(1, 8)]
         assert calls == [(1, 8, None, first, last)]
     else:
-        assert spans == [(1, 2), (2, 4), (4, 8)]
+        assert found == [(1, 2), (2, 4), (4, 8)]
         assert calls == [
             (1, 2, None, first, None),
             (2, 4, some, hop(1, 2).node, None),
             (4, 8, some, hop(2, 4).node, last),
         ]
-    assert [(each.start, each.end) for each in chosen([], 2, 4, **options)] == [(2, 4)]
+    assert spans(2, 4) == [(2, 4)]
 
 
 @pytest.mark.parametrize("wire", ["", "fp16", "INT8", None, 8, ["int8"]])
