@@ -15,12 +15,14 @@ from net.transports.memory import MemoryNetwork, MemoryTransport
 
 class Line:
     """One machine's. ``is_up`` says whether new connections come about; ``lose`` makes those that there are dead;
-    ``bytes_per_s`` is what each of them carries out of it, where that is limited."""
+    ``stall`` has everything wait, new connections too, until ``resume``; ``bytes_per_s`` is what each of them carries
+    out of it, where that is limited."""
 
     def __init__(self, bytes_per_s: float | None = None) -> None:
         self.is_up = True
         self.bytes_per_s = bytes_per_s
         self._streams: list[_LineStream] = []
+        self._resumed: trio.Event | None = None
 
     def lose(self) -> None:
         """As when the machine goes to another network: its connections lead nowhere, but new ones can be had."""
@@ -31,6 +33,22 @@ class Line:
         """The machine is gone, without a word."""
         self.is_up = False
         self.lose()
+
+    def stall(self) -> None:
+        """As when the machine is stopped, or cut off for a while: nothing is lost, and nothing arrives."""
+        if self._resumed is None:
+            self._resumed = trio.Event()
+
+    def resume(self) -> None:
+        """Everything arrives."""
+        if self._resumed is not None:
+            self._resumed.set()
+            self._resumed = None
+
+    async def passable(self) -> None:
+        """Wait while it is stalled."""
+        while self._resumed is not None:
+            await self._resumed.wait()
 
     def carry(self, raw: RawConnection) -> RawConnection:
         stream = _LineStream(raw.stream, self)
@@ -78,6 +96,7 @@ class _LineStream(trio.abc.Stream):
         await trio.lowlevel.checkpoint()
         if self._line.bytes_per_s is not None:
             await trio.sleep(len(data) / self._line.bytes_per_s)
+        await self._line.passable()
         if not self.is_lost:
             await self._stream.send_all(data)
 
@@ -90,6 +109,7 @@ class _LineStream(trio.abc.Stream):
         data = b""
         if not self.is_lost:
             data = bytes(await self._stream.receive_some(max_bytes))
+            await self._line.passable()
         if self.is_lost:  # perhaps meanwhile
             await trio.sleep_forever()
         return data
