@@ -56,6 +56,10 @@ class StaleRecord(RecordError):
         self.ahead_s = ahead_s
 
 
+class ModuleError(NetError):
+    """A published module that cannot be had, or must not be used; the text says why."""
+
+
 class DialError(NetError):
     """No connection could be made."""
 
