@@ -7,6 +7,11 @@ whose text is one line fit to be shown to a person.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Final
+
+MAX_TOLD: Final = 4  # peers that a text names
+
 
 class NetError(Exception):
     """Base of all errors of this floor."""
@@ -105,3 +110,21 @@ class RpcError(NetError):
         self.code = code
         self.message = message
         self.retry_after_s = retry_after_s
+
+
+class StorageError(NetError):
+    """A file cannot be read or written here; what was there before is as it was."""
+
+
+class FetchFailed(NetError):
+    """Nobody who was asked gave a file; the text names them and says why.
+
+    Attributes:
+        failures: one for each of them.
+    """
+
+    def __init__(self, what: str, failures: Sequence[PeerFailed]) -> None:
+        told = "; ".join(str(failure) for failure in failures[:MAX_TOLD]) or "there is nobody to ask"
+        more = f"; and {len(failures) - MAX_TOLD} more" if len(failures) > MAX_TOLD else ""
+        super().__init__(f"{what}: {told}{more}")
+        self.failures = tuple(failures)

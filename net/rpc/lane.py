@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -104,8 +105,16 @@ class Lane:
             await self.aclose()
 
 
-async def serve(stream: Stream, peer_id: PeerId, methods: Mapping[str, Method], *, idle_s: float) -> None:
-    """Answer calls on a stream until its end, or until ``idle_s`` pass without one.
+async def serve(
+    stream: Stream,
+    peer_id: PeerId,
+    methods: Mapping[str, Method],
+    *,
+    idle_s: float,
+    turn: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+) -> None:
+    """Answer calls on a stream until its end, or until ``idle_s`` pass without one. Each call is answered, and the
+    answer sent, within a ``turn``.
 
     A method refuses by raising RpcError. RemoteProtocolError in a method means that the call's fields made
     no sense; it is answered as ``bad-input``. Anything else, an answer that cannot be sent among it, is a bug of
@@ -121,8 +130,9 @@ async def serve(stream: Stream, peer_id: PeerId, methods: Mapping[str, Method], 
             request = await messages.receive()
         if scope.cancelled_caught or request is None:
             return
-        pieces = await _answer(request, peer_id, methods)
-        await messages.send_bounded(pieces)
+        async with turn():
+            pieces = await _answer(request, peer_id, methods)
+            await messages.send_bounded(pieces)
 
 
 async def _answer(request: Message, peer_id: PeerId, methods: Mapping[str, Method]) -> Pieces:
