@@ -25,7 +25,7 @@ import hashlib
 import re
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -95,7 +95,7 @@ class Manifest:
     model_digest: str
     method: str
     files: tuple[ModuleFile, ...]
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float] = field(hash=False)
     licence: str
     parent: str | None
     author: PeerId

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Final
 
 from net.errors import ModuleError
+from net.files.pieces import Hashes, hash_file
 from net.modules import manifest as manifests
 from net.modules.manifest import Manifest, ModuleFile, Reference
-from net.modules.roots import root_of
 
 __all__ = ["ModuleStore", "StoredModule", "describe_files"]
 
@@ -191,21 +191,29 @@ def describe_files(folder: Path) -> tuple[list[ModuleFile], list[str]]:
             raise ModuleError(f"{folder} is no module: it has no {name}")
     if len(taken) > manifests.MAX_FILES:
         raise ModuleError(f"{folder} holds {len(taken)} files: a module has at most {manifests.MAX_FILES}")
-    described = [ModuleFile(name=entry.name, size=entry.stat().st_size, root=root_of(entry)) for entry in taken]
+    described = [
+        ModuleFile(name=entry.name, size=entry.stat().st_size, root=hash_file(entry).file.root) for entry in taken
+    ]
     return described, [entry.name for entry in entries if entry not in taken]
 
 
-def check_files(manifest: Manifest, folder: Path) -> None:
-    """Raises:
-    ModuleError: the files in ``folder`` are not those of the manifest, to the byte.
-    OSError: one cannot be read.
+def check_files(manifest: Manifest, folder: Path) -> list[Hashes]:
+    """Read all files in ``folder``, and give their hashes, in the manifest's order.
+
+    Raises:
+        ModuleError: they are not those of the manifest, to the byte.
+        OSError: one cannot be read.
     """
     _check_sizes(manifest, folder)
+    found = []
     for file in manifest.files:
-        if root_of(folder / file.name) != file.root:
+        hashes = hash_file(folder / file.name)
+        if hashes.file.root != file.root:
             raise ModuleError(
                 f"{file.name} is not what the manifest of {manifest.name} says: it was damaged, or changed"
             )
+        found.append(hashes)
+    return found
 
 
 def _check_sizes(manifest: Manifest, folder: Path) -> None:
