@@ -89,10 +89,14 @@ class Tuned(nn.Module):
         shapes = dict(self.form.shapes(config, 0, config.n_layer))
         for block in range(config.n_layer if lora is not None else 0):
             for target in self.form.targets:
-                down = torch.empty(shapes[f"lora.{block}.{target}.a"])  # [r, in]
-                nn.init.kaiming_uniform_(down, a=math.sqrt(5))  # as PEFT does
-                self._put(lora_name(block, target, "a"), down)
-                self._put(lora_name(block, target, "b"), torch.zeros(shapes[f"lora.{block}.{target}.b"]))  # [out, r]
+                # In PEFT's order of random numbers, so that the same seed gives the same matrices.
+                down = nn.Linear(*reversed(shapes[f"lora.{block}.{target}.a"]), bias=False)  # [r, in]
+                up = nn.Linear(*reversed(shapes[f"lora.{block}.{target}.b"]), bias=False)  # [out, r]
+                nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+                nn.init.zeros_(up.weight)
+                beside = self._below(f"transformer.h.{block}.{LAYERS[target]}")
+                beside.add_module("lora_A", down)
+                beside.add_module("lora_B", up)
         outputs = self.n_outputs
         self.score = None if not outputs else nn.Linear(config.hidden_size, outputs, bias=False)
         if self.score is not None:
@@ -165,15 +169,14 @@ class Tuned(nn.Module):
         """All that is trained."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
-    def _put(self, name: str, values: Tensor) -> None:
-        """Have a parameter of a name with dots."""
-        *path, last = name.split(".")
+    def _below(self, name: str) -> nn.Module:
+        """The module of a name with dots, made if need be."""
         module: nn.Module = self
-        for part in path:
+        for part in name.split("."):
             if part not in module._modules:
                 module.add_module(part, nn.Module())
             module = module.get_submodule(part)
-        module.register_parameter(last, nn.Parameter(values))
+        return module
 
 
 def lora_name(block: int, target: str, half: str) -> str:

@@ -111,6 +111,17 @@ def test_we_read_pefts_lora(tmp_path: Path, scale: str) -> None:
     assert torch.allclose(found, reference, atol=1e-4)
 
 
+def test_a_seed_gives_pefts_matrices() -> None:
+    model, words = make_model(), make_model().transformer.word_embeddings.weight
+    torch.manual_seed(5)
+    tuned = Tuned(CONFIG, [LoRA(rank=4, targets=("dense", "query_key_value", "dense_4h_to_h"))], words)
+    torch.manual_seed(5)
+    config = peft.LoraConfig(r=4, target_modules=["query_key_value", "dense", "dense_4h_to_h"])
+    theirs = peft.get_peft_model(model, config).state_dict()
+    for name, values in tuned.state_dict().items():
+        assert torch.equal(values, theirs[f"base_model.model.{name.removesuffix('.weight')}.default.weight"]), name
+
+
 def test_we_read_pefts_soft_prompt(tmp_path: Path) -> None:
     theirs = peft.get_peft_model(make_model(), peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"))
     theirs.save_pretrained(str(tmp_path))
