@@ -7,10 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
 
+from client.errors import InvalidInput
 from client.tuning import (
     Between,
     ClassificationHead,
@@ -20,7 +24,7 @@ from client.tuning import (
     RegressionHead,
 )
 from client.tuning.tuned import Tuned
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import make_checkpoint, make_model
 from tests.mem.swarms import Span, blocking, swarm_of
 from tests.one_machine import local_loss, shake
 
@@ -93,3 +97,153 @@ async def test_gradients_are_those_of_one_machine(folder: Path, method: str, cha
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0, name
         assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+async def test_transformers_trainer_trains_what_it_trains_with_peft(folder: Path, tmp_path: Path) -> None:
+    def train(model: Any, where: str) -> list[float]:
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / where),
+            max_steps=5,
+            per_device_train_batch_size=3,
+            learning_rate=1e-2,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            seed=11,
+            disable_tqdm=True,
+            save_strategy="no",
+        )
+        generator = torch.Generator().manual_seed(4)
+        rows = [torch.randint(4, 320, (8,), generator=generator) for _ in range(15)]
+        data: Any = [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in rows]
+        trainer = Trainer(model=model, args=arguments, train_dataset=data)
+        trainer.train()
+        trainer.save_model(str(tmp_path / where / "module"))
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    async with swarm_of(folder, CHAINS["two-nodes"]) as swarm:
+        torch.manual_seed(5)
+        ours = await swarm.client.model(str(folder), tuning=LoRA(rank=3))
+        found = await blocking(lambda: train(ours, "ours"))
+    model = make_model()
+    torch.manual_seed(5)
+    theirs = peft.get_peft_model(
+        model, peft.LoraConfig(r=3, lora_alpha=6, target_modules=["query_key_value"], task_type="CAUSAL_LM")
+    )
+    expected = await blocking(lambda: train(theirs, "theirs"))
+    assert found == pytest.approx(expected, rel=1e-4)
+    ours_saved = load_file(tmp_path / "ours" / "module" / "adapter_model.safetensors")
+    theirs_saved = load_file(tmp_path / "theirs" / "module" / "adapter_model.safetensors")
+    assert ours_saved.keys() == theirs_saved.keys()
+    for name, values in theirs_saved.items():
+        assert torch.allclose(ours_saved[name], values, atol=1e-4), name
+
+
+async def test_what_was_saved_goes_on_as_it_was(folder: Path, tmp_path: Path) -> None:
+    ids, mask, labels = batch()
+    async with swarm_of(folder, CHAINS["two-nodes"]) as swarm:
+        for name in ("lora", "lora-and-deep-prompt", "lora-and-classes", "prompt"):
+            model = await swarm.client.model(str(folder), tuning=METHODS[name]())
+            assert model.tuned is not None
+            shake(model.tuned)
+            own = labels_for(model.tuned, labels)
+            model.save_pretrained(tmp_path / name)
+            other = await swarm.client.model(str(folder), module=tmp_path / name)
+            assert other.tuned is not None
+            assert other.tuned.digest() == model.tuned.digest()
+
+            def loss(of: Any, own: Tensor = own) -> Tensor:
+                found: Tensor = of(input_ids=ids, attention_mask=mask, labels=own).loss
+                return found
+
+            one, two = await blocking(functools.partial(loss, model)), await blocking(functools.partial(loss, other))
+            assert torch.equal(one, two)
+
+
+async def test_blocks_are_modules_between_modules_of_ones_own(folder: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 7, 48, generator=generator)
+    own = nn.Linear(48, 48)
+    local = make_model().transformer
+
+    def through_local(given: Tensor) -> Tensor:
+        local.requires_grad_(False)
+        kept = local.h
+        given_again = given
+        for blocks, after in ((kept[:2], own), (kept[2:], None)):
+            local.h, local.ln_f = blocks, nn.Identity()
+            local.word_embeddings_layernorm = nn.Identity()
+            given_again = local(inputs_embeds=given_again).last_hidden_state
+            given_again = given_again if after is None else after(given_again)
+        local.h = kept
+        return given_again
+
+    async with swarm_of(folder, CHAINS["three-nodes"]) as swarm:
+        model = await swarm.client.model(str(folder))
+        leaf = hidden.clone().requires_grad_(True)
+
+        def run() -> tuple[Tensor, tuple[Tensor, ...]]:
+            output = nn.Sequential(model.blocks[:2], own, model.blocks[2:])(leaf)
+            return output, torch.autograd.grad(output.square().sum(), [leaf, own.weight])
+
+        output, found = await blocking(run)
+        with pytest.raises(InvalidInput, match="none"):
+            model.blocks[3:3]
+        with pytest.raises(InvalidInput, match="hidden states"):
+            await blocking(lambda: model.blocks[:](torch.zeros(2, 3, 4)))
+    leaf = hidden.clone().requires_grad_(True)
+    expected_output = through_local(leaf)
+    expected = torch.autograd.grad(expected_output.square().sum(), [leaf, own.weight])
+    assert torch.allclose(output, expected_output, rtol=1e-4, atol=1e-4)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+async def test_weights_on_nodes_never_change_and_nothing_is_kept(folder: Path) -> None:
+    ids, mask, labels = batch()
+    async with swarm_of(folder, CHAINS["one-node"]) as swarm:
+        span = swarm.nodes[0].node.engine.span
+        before = {name: values.clone() for name, values in span.state_dict().items()}
+        model = await swarm.client.model(str(folder), tuning=METHODS["lora"]())
+        assert model.tuned is not None
+        optimizer = torch.optim.AdamW(model.tuned.parameters(), lr=1e-2)
+        for _ in range(2):
+            loss = await blocking(lambda: model(input_ids=ids, attention_mask=mask, labels=labels).loss)
+            await blocking(loss.backward)
+            optimizer.step()
+        assert all(torch.equal(values, before[name]) for name, values in span.state_dict().items())
+        assert all(parameter.grad is None and not parameter.requires_grad for parameter in span.parameters())
+        assert swarm.nodes[0].cached_tokens == 0
+        assert not any(parameter.requires_grad for parameter in model.embeddings.parameters())
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"labels": torch.zeros(6, 9)}, "labels"),
+        ({"labels": torch.full((6, 9), 400)}, "labels"),
+        ({"attention_mask": torch.tensor([[1, 0, 1, 1, 1, 1, 1, 1, 1]] * 6)}, "mask"),
+        ({"attention_mask": torch.zeros(6, 9)}, "mask"),
+        ({"attention_mask": torch.ones(6, 8)}, "mask"),
+    ],
+)
+async def test_input_that_cannot_be_trained_on_says_why(folder: Path, given: dict[str, Any], why: str) -> None:
+    ids, mask, labels = batch()
+    async with swarm_of(folder, CHAINS["one-node"]) as swarm:
+        model = await swarm.client.model(str(folder), tuning=LoRA(rank=2))
+        options = {"input_ids": ids, "attention_mask": mask, "labels": labels} | given
+        with pytest.raises(InvalidInput, match=why):
+            await blocking(lambda: model(**options))
+
+
+async def test_a_head_gives_no_tokens_and_says_so(folder: Path) -> None:
+    async with swarm_of(folder, CHAINS["one-node"]) as swarm:
+        model = await swarm.client.model(str(folder), tuning=ClassificationHead(2))
+        with pytest.raises(InvalidInput, match="head"):
+            await blocking(lambda: model.generate(torch.tensor([[5, 6]]), max_new_tokens=1))
+        wrong = {"input_ids": torch.tensor([[5, 6]]), "labels": torch.tensor([7])}
+        with pytest.raises(InvalidInput, match="labels"):
+            await blocking(lambda: model(**wrong))
+        plain = await swarm.client.model(str(folder))
+        with pytest.raises(InvalidInput, match="nothing to save"):
+            plain.save_pretrained("anywhere")

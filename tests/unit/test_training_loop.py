@@ -301,9 +301,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(
             patched.setattr(checkpoints.os, "fsync", full)
         else:
             patched.setattr("client.tuning.training.curve.Curve.add", _full_after(9))
-        with pytest.raises(
-            TrainingFailed, match=r"No space left on device; the training stopped .* make room"
-        ):
+        with pytest.raises(TrainingFailed, match=r"No space left on device; the training stopped .* make room"):
             made.run()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.safetensors", "log.jsonl"]
     assert Checkpoint.read(tmp_path / "checkpoint.safetensors").step == 4
