@@ -18,8 +18,10 @@ from client.swarm import AsyncSwarm, Peer, ServedModel, open_swarm
 
 if TYPE_CHECKING:
     from client.models.bloom import DistributedBloomForCausalLM
+    from client.modules import ObtainedModule
     from client.tuning.methods import Method
     from net.identity import PeerId
+    from net.modules.finding import FoundModule
 
 CLOSE_S = 5.0
 
@@ -73,6 +75,14 @@ class Swarm:
     def models(self) -> list[ServedModel]:
         """What is being served, block by block."""
         return self._portal.call(self._swarm.models)
+
+    def modules(self, model: str) -> list[FoundModule]:
+        """The modules that somebody has for a model: see ``AsyncSwarm.modules``."""
+        return self._portal.call(self._swarm.modules, model)
+
+    def get_module(self, module: str) -> ObtainedModule:
+        """A module that somebody has published: see ``AsyncSwarm.get_module``."""
+        return self._portal.call(self._swarm.get_module, module)
 
     def peers(self) -> list[Peer]:
         """The nodes, each with a round trip measured now."""

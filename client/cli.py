@@ -74,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     import client.commands
     import client.doctor
+    import client.publishing
     import compute.cli
     import net.cli
 
@@ -90,6 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
     compute.cli.add_commands(commands)
     client.commands.add_generate(commands)
     client.commands.add_status(commands)
+    client.publishing.add_publish(commands)
+    client.publishing.add_modules(commands)
     client.doctor.add_doctor(commands)
     return parser
 

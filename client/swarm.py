@@ -16,6 +16,7 @@ import trio
 from client.choices import NO_CHOICES, Choices
 from client.directory import Directory
 from client.errors import InvalidInput, MissingBlocks, UnknownModel
+from client.modules import ObtainedModule, obtain
 from client.nearness import Nearness
 from client.pricing import Measurements
 from client.routing import Wishes, choose_chain, runs_without
@@ -24,10 +25,12 @@ from net.dht import keys
 from net.dht.service import Dht
 from net.host import Host, open_host
 from net.identity import Identity, PeerId
+from net.modules.finding import FoundModule, ModuleFinder
+from net.modules.store import MODULES_FOLDER, ModuleStore
 from net.nurseries import open_service_nursery
 from net.ping import ping_once
 from net.presence import run_presence
-from net.protocol.announcement import DIRECTORY, KIND, NodeAnnouncement, read_all
+from net.protocol.announcement import DIRECTORY, HEX_DIGEST, KIND, NodeAnnouncement, read_all
 from net.reputation import Reputation
 from net.security.swarm_key import SwarmKey
 
@@ -87,9 +90,22 @@ class Peer:
 
 
 class AsyncSwarm:
-    """Made by ``open_swarm``; all methods belong to its event loop."""
+    """Made by ``open_swarm``; all methods belong to its event loop.
 
-    def __init__(self, host: Host, dht: Dht, nursery: trio.Nursery, reputation: Reputation | None = None) -> None:
+    Attributes:
+        module_finder: finds modules that others have published.
+        module_store: keeps those that are fetched.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        dht: Dht,
+        nursery: trio.Nursery,
+        reputation: Reputation | None = None,
+        *,
+        home: Path | None = None,
+    ) -> None:
         """Take what is running.
 
         Args:
@@ -98,8 +114,11 @@ class AsyncSwarm:
             nursery: in which sessions live.
             reputation: what is known of nodes; whoever gives it keeps it. By default one that begins empty and is
                 forgotten.
+            home: the folder in which modules are kept; by default the one of the command ``raceme``.
         """
         self.host = host
+        self.module_finder = ModuleFinder(host, dht)
+        self.module_store = ModuleStore((console.data_folder() if home is None else home) / MODULES_FOLDER)
         self.reputation = Reputation(None, trio.current_time) if reputation is None else reputation
         self._nursery = nursery
         self._nearness = Nearness(host, nursery)
@@ -134,6 +153,32 @@ class AsyncSwarm:
             )
             for (digest, n_blocks), nodes in sorted(by_identity.items(), key=lambda item: (item[1][0].model, item[0]))
         ]
+
+    async def modules(self, model: str) -> list[FoundModule]:
+        """The modules that somebody has for a model, the oldest first.
+
+        Args:
+            model: its name, as served, or its digest (64 hex digits).
+
+        Raises:
+            UnknownModel: nobody serves a model of this name.
+        """
+        digests = {model} if HEX_DIGEST.fullmatch(model) else {m.digest for m in await self.models() if m.name == model}
+        if not digests:
+            raise UnknownModel(f"nobody serves {model} now; name the model's digest to find its modules all the same")
+        found = [each for digest in sorted(digests) for each in await self.module_finder.for_model(digest)]
+        return sorted(found, key=lambda each: (each.manifest.created_s, each.manifest.hash))
+
+    async def get_module(self, module: str) -> ObtainedModule:
+        """A module that somebody has published, whatever model it is for, fetched unless it is here.
+
+        Args:
+            module: ``NAME@HASH``, or ``NAME`` if there is but one.
+
+        Raises:
+            net.errors.ModuleError: it cannot be had, or is not what its author signed.
+        """
+        return await obtain(self, module, None)
 
     async def peers(self) -> list[Peer]:
         """The nodes, each with a round trip measured now."""
@@ -335,7 +380,7 @@ async def open_swarm(
         await nursery.start(dht.run)
         await nursery.start(partial(run_presence, host, dht, bootstrap=peers, is_server=False))
         await nursery.start(reputation.run)
-        yield AsyncSwarm(host, dht, nursery, reputation)
+        yield AsyncSwarm(host, dht, nursery, reputation, home=None if home is None else Path(home))
         nursery.cancel_scope.cancel()
 
 

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from net import console
+from net.modules import pinning
 
 if TYPE_CHECKING:
     import torch
@@ -118,6 +119,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="serve nobody while other programs use the GPU; weights stay in its memory. (SIGUSR1 pauses, too, and the "
         "next one ends that)",
     )
+    pinning.add_pins(serve)
     console.add_node(serve, DEFAULT_LISTEN, ", any free port")
     console.add_json(serve, "what is served, once it is,")
     console.add_common(serve)
@@ -149,6 +151,7 @@ def run_serve(options: argparse.Namespace) -> int:
     from compute.node_settings import NodeSettings
     from compute.pausing import pause_on_signal, pause_when_busy
     from net.dht.service import Dht
+    from net.files.server import FileServer
     from net.nurseries import open_service_nursery
 
     console.tell_warnings("compute.node")
@@ -184,6 +187,8 @@ def run_serve(options: argparse.Namespace) -> int:
             await console.start_presence(options, host, dht, bootstrap, nursery)
             await dht.join(bootstrap)
             await nursery.start(dht.run)
+            if options.pin:
+                pinning.start_pins(options, host, dht, FileServer(host), nursery)
             node = Node(host, dht, checkpoint, settings, metrics)
             await nursery.start(pause_on_signal, node)
             offer = await _start(nursery, node, checkpoint.name)

@@ -202,7 +202,7 @@ class Node:
         async with trio.open_nursery() as nursery:
             for serving in self._servings:
                 nursery.start_soon(serving.free_all)
-            nursery.start_soon(self._dht.withdraw)
+            nursery.start_soon(self._dht.withdraw, keys.of_name(DIRECTORY))  # not what else is held here
         logger.warning("paused: %s", why)
 
     async def resume(self, why: str) -> None:

@@ -6,9 +6,11 @@ import argparse
 from contextlib import aclosing
 
 from net import console
+from net.modules import pinning
 
 DEFAULT_RELAY_LISTEN = ("/ip4/0.0.0.0/tcp/4001", "/ip4/0.0.0.0/udp/4001/quic-v1")
 MAX_PINGS = 1_000_000
+WITHDRAW_S = 2.0
 MAX_RESERVATIONS, MAX_CIRCUITS, MAX_MB_PER_S = 10_000, 100_000, 100_000
 
 
@@ -26,6 +28,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default=[],
         help="another bootstrap node to join; may be repeated",
     )
+    pinning.add_pins(relay)
     console.add_node(relay, DEFAULT_RELAY_LISTEN)
     relay.add_argument(
         "--max-reservations",
@@ -65,7 +68,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run_relay(options: argparse.Namespace) -> int:
+    import trio
+
     from net.dht.service import Dht
+    from net.files.server import FileServer
     from net.host import Host
     from net.nurseries import open_service_nursery
     from net.perf import serve_perf
@@ -88,6 +94,8 @@ def run_relay(options: argparse.Namespace) -> int:
             if options.max_reservations:
                 await nursery.start(RelayServer(host, limits).run)
             await dht.join(bootstrap)
+            if options.pin:
+                pinning.start_pins(options, host, dht, FileServer(host), nursery)
             dialable = [str(address) for address in host.peer_addresses]
             if options.json:
                 fields = {"max_reservations": options.max_reservations, "max_circuits": options.max_circuits}
@@ -101,7 +109,11 @@ def run_relay(options: argparse.Namespace) -> int:
                 )
             else:
                 print(dialable[0], flush=True)
-            await dht.run()
+            try:
+                await dht.run()
+            finally:
+                with trio.move_on_after(WITHDRAW_S, shield=True):
+                    await dht.withdraw()
 
     identity = console.node_identity(options, "relay")
     key = console.swarm_key(options)

@@ -43,9 +43,10 @@ def make_module(folder: Path, *, seed: int = 0, rank: int = 2, blocks: int = 2, 
 def shapes(*, rank: int = 2, blocks: int = 2, width: int = 8) -> dict[str, tuple[int, ...]]:
     """What ``make_module`` writes."""
     stems = [f"base_model.model.transformer.h.{block}.self_attention.query_key_value" for block in range(blocks)]
-    return {f"{stem}.lora_A.weight": (rank, width) for stem in stems} | {
-        f"{stem}.lora_B.weight": (3 * width, rank) for stem in stems
-    }
+    found: dict[str, tuple[int, ...]] = {}
+    for stem in stems:
+        found |= {f"{stem}.lora_A.weight": (rank, width), f"{stem}.lora_B.weight": (3 * width, rank)}
+    return found
 
 
 def sign(author: Identity, folder: Path, **fields: Any) -> Manifest:

@@ -179,11 +179,11 @@ class Dht:
         self._announced[key] = _Announced(kind=kind, body=body)
         return await self._publish(key)
 
-    async def withdraw(self) -> None:
-        """Take everything back that was announced."""
-        announced, self._announced = self._announced, {}
+    async def withdraw(self, *of: bytes) -> None:
+        """Take back what was announced under these keys; everything without any."""
+        announced = [(key, self._announced.pop(key)) for key in of or list(self._announced) if key in self._announced]
         async with trio.open_nursery() as nursery:
-            for key, each in announced.items():
+            for key, each in announced:
                 nursery.start_soon(self._take_back, key, each)
 
     async def _take_back(self, key: bytes, announced: _Announced) -> None:

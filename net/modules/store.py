@@ -30,6 +30,7 @@ __all__ = ["ModuleStore", "StoredModule", "describe_files"]
 
 logger = logging.getLogger(__name__)
 
+MODULES_FOLDER: Final = "modules"  # in the data folder, by default
 MAX_MODULE_BYTES: Final = 1 << 30  # of one module, by default: adapters are a few megabytes
 MAX_MODULES: Final = 4096  # that are looked through
 _MANIFEST: Final = "manifest"

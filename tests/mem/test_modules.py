@@ -14,6 +14,7 @@ import trio
 
 from net import errors
 from net.addresses import PeerAddress
+from net.dht import keys
 from net.dht.service import Dht
 from net.errors import ModuleError
 from net.files.pieces import Hashes
@@ -107,9 +108,11 @@ async def _be_member(
 
 
 @asynccontextmanager
-async def members(count: int, folder: Path, settings: ModuleSettings | None = None) -> AsyncIterator[list[Member]]:
+async def members(
+    count: int, folder: Path, settings: ModuleSettings | None = None, *, network: MemoryNetwork | None = None
+) -> AsyncIterator[list[Member]]:
     """Servers that have met the first."""
-    network = MemoryNetwork()
+    network = network or MemoryNetwork()
     async with trio.open_nursery() as nursery:
         found: list[Member] = []
         for number in range(1, count + 1):
@@ -382,3 +385,17 @@ async def test_no_more_is_held_than_may_be(tmp_path: Path) -> None:
         await holder.publish(make_module(tmp_path / "one"))
         with pytest.raises(ModuleError, match="the most allowed"):
             await holder.publish(make_module(tmp_path / "two", seed=2))
+
+
+async def test_what_lies_under_one_key_can_be_taken_back_alone(tmp_path: Path) -> None:
+    """As by a node that pauses: it goes on holding modules."""
+    async with members(3, tmp_path) as (node, _, user):
+        manifest = await node.publish(make_module(tmp_path / "mine"))
+        key = keys.of_name("raceme/nodes/1")
+        await node.dht.announce(key, "node", dict)
+        assert len(await user.dht.find(key, "node")) == 1
+        await node.dht.withdraw(key)
+        assert await user.dht.find(key, "node") == []
+        assert [each.manifest for each in await user.finder.named("my-adapter")] == [manifest]
+        await node.dht.withdraw()
+        assert await user.finder.named("my-adapter") == []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from libp2p.peer.envelope import Envelope, make_unsigned
+from libp2p.peer.envelope import Envelope, make_unsigned, unmarshal_envelope
 
 from net import records
 from net.errors import ModuleError
@@ -84,9 +84,8 @@ def test_a_manifest_is_what_was_signed() -> None:
 
 
 def _payload(envelope: bytes) -> bytes:
-    from libp2p.peer.envelope import unmarshal_envelope
-
-    return bytes(unmarshal_envelope(envelope).raw_payload)
+    payload: bytes = unmarshal_envelope(envelope).raw_payload
+    return payload
 
 
 def test_every_field_makes_another_hash() -> None:
