@@ -104,7 +104,6 @@ def _repository(text: str) -> str:
 def run_publish(options: argparse.Namespace) -> int:
     import trio
 
-    from client.module_files import check_tensors
     from net.dht.service import Dht
     from net.files.server import FileServer
     from net.modules.manifest import LICENCE, NAME
@@ -117,6 +116,8 @@ def run_publish(options: argparse.Namespace) -> int:
     if not LICENCE.fullmatch(options.licence):
         raise console.UserError(f"--licence {options.licence!r:.80}: give an SPDX name, such as Apache-2.0")
     _, left_out = describe_files(options.folder)  # says what is wrong before anything takes time
+    from client.module_files import check_tensors  # torch, which takes seconds
+
     check_tensors(options.folder)
     if left_out:
         _note(f"not published, as no module has such files: {', '.join(left_out):.300}")
