@@ -75,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     import client.commands
     import client.doctor
     import client.publishing
+    import client.tuning.cli
     import compute.cli
     import net.cli
 
@@ -90,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     net.cli.add_commands(commands)
     compute.cli.add_commands(commands)
     client.commands.add_generate(commands)
+    client.tuning.cli.add_tune(commands)
     client.commands.add_status(commands)
     client.publishing.add_publish(commands)
     client.publishing.add_modules(commands)

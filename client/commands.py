@@ -80,13 +80,14 @@ def add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="how hidden states travel: auto loses nothing; bf16 and int8 take fewer bytes, and the text may differ "
         "(default: auto; --verbose shows what it takes)",
     )
-    _add_choices(generate)
+    add_choices(generate)
     console.add_json(generate, "text, ids and figures, at the end,")
     console.add_common(generate)
     generate.set_defaults(run=run_generate)
 
 
-def _add_choices(parser: argparse.ArgumentParser) -> None:
+def add_choices(parser: argparse.ArgumentParser) -> None:
+    """Options that say which nodes to use; ``read_pins`` reads ``--pin``."""
     nodes = parser.add_argument_group("which nodes")
     nodes.add_argument(
         "--allow", action="append", type=_peer, metavar="PEER", help="use only this peer, and others so named"
@@ -132,7 +133,12 @@ def _pin(text: str) -> tuple[tuple[int, int], str]:
     return (int(match[1]), int(match[2])), _peer(match[3])
 
 
-def _pins(pairs: Sequence[tuple[tuple[int, int], str]]) -> dict[tuple[int, int], str]:
+def read_pins(pairs: Sequence[tuple[tuple[int, int], str]]) -> dict[tuple[int, int], str]:
+    """What ``--pin`` says, for ``swarm.model``.
+
+    Raises:
+        UserError: the same blocks twice.
+    """
     pins = dict(pairs)
     if len(pins) < len(pairs):
         raise console.UserError("--pin names the same blocks twice: give each block to one peer at most")
@@ -147,14 +153,15 @@ def _add_max_new_tokens(parser: argparse.ArgumentParser) -> None:
 
 def _factor(text: str) -> float:
     wanted = f"a number from {1 / MAX_FACTOR:g} to {MAX_FACTOR:g}"
-    return _number(text, lambda value: 1 / MAX_FACTOR <= value <= MAX_FACTOR, wanted)
+    return number(text, lambda value: 1 / MAX_FACTOR <= value <= MAX_FACTOR, wanted)
 
 
 def _share(text: str) -> float:
-    return _number(text, lambda value: 0 < value <= 1, "a number above 0, at most 1")
+    return number(text, lambda value: 0 < value <= 1, "a number above 0, at most 1")
 
 
-def _number(text: str, is_good: Callable[[float], bool], wanted: str) -> float:
+def number(text: str, is_good: Callable[[float], bool], wanted: str) -> float:
+    """What an option's text says, if it is good; ``wanted`` is what its error asks for."""
     try:
         value = float(text)
     except ValueError:
@@ -202,7 +209,7 @@ def run_generate(options: argparse.Namespace) -> int:
     goes_on = options.session is not None and options.session.exists()
     if not prompt and not goes_on:
         raise console.UserError("the prompt is empty: give at least one character")
-    how, pins = sampling_options(options), _pins(options.pin)
+    how, pins = sampling_options(options), read_pins(options.pin)
     console.tell_warnings("client")
     if options.seed is not None and not how["do_sample"]:
         raise console.UserError(

@@ -89,11 +89,13 @@ class LocalTuned:
 
     def _add_deep(self, index: int, _: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = given[0]  # [b, p + t, d]
-        added = nn.functional.pad(self.tuned.deep_prompts[index], (0, 0, 0, hidden.shape[1] - self._prompt))
+        prompts = self.tuned.get_parameter("deep_prompts")[index]  # [p, d]
+        added = nn.functional.pad(prompts, (0, 0, 0, hidden.shape[1] - self._prompt))  # [p + t, d]
         return (hidden + added, *given[1:])
 
-    def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Any:
-        """See ``client.tuning.training.loop.Trainable``."""
+    def __call__(self, *, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Any:
+        """See ``client.tuning.training.loop.Trainable``; without a mask all is text."""
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows = input_ids.shape[0]
         hidden = self.model.transformer.word_embeddings(input_ids)  # [b, t, d]
         if self._prompt:

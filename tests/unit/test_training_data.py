@@ -157,14 +157,14 @@ def test_batches_are_padded_on_the_right() -> None:
     batch = collate([Example(ids=(5, 6, 7)), Example(ids=(8, 9))], pad=3)
     assert batch.ids.tolist() == [[5, 6, 7], [8, 9, 3]]
     assert batch.mask.tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch.labels.tolist() == [[5, 6, 7], [8, 9, -100]]
+    assert batch.labels.tolist() == [[-100, 6, 7], [-100, 9, -100]]
     assert (batch.targets, batch.tokens) == (3, 5)
     assert collate([Example(ids=(5,), label=1)], pad=3).labels.dtype == torch.int64
     assert collate([Example(ids=(5,), label=1.0)], pad=3).labels.dtype == torch.float32
 
 
 def test_a_token_that_looks_like_padding_counts() -> None:
-    assert collate([Example(ids=(5, 3, 3))], pad=3).labels.tolist() == [[5, 3, 3]]
+    assert collate([Example(ids=(5, 3, 3))], pad=3).labels.tolist() == [[-100, 3, 3]]
 
 
 def test_the_digest_is_of_tokens_and_labels() -> None:

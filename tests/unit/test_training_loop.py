@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from client.errors import InvalidInput, SessionFailed
-from client.tuning.training import checkpoints
 from client.tuning.training.checkpoints import Checkpoint
 from client.tuning.training.data import Example
 from client.tuning.training.interrupts import held, terminable
@@ -271,7 +270,7 @@ def test_a_loss_that_is_no_number_stops_before_it_does_harm(tmp_path: Path) -> N
     def spoil(number: int) -> None:
         if number == 9:
             with torch.no_grad():
-                model.tuned[2].weight[0, 0] = float("nan")  # type: ignore[index]
+                model.tuned.get_parameter("2.weight")[0, 0] = float("nan")
 
     model._before = spoil
     with pytest.raises(TrainingFailed, match=r"step 6 is nan .* lower --learning-rate .* step 4, the last one saved"):
@@ -298,7 +297,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(
 
     with monkeypatch.context() as patched:
         if what == "fsync":
-            patched.setattr(checkpoints.os, "fsync", full)
+            patched.setattr(os, "fsync", full)
         else:
             patched.setattr("client.tuning.training.curve.Curve.add", _full_after(9))
         with pytest.raises(TrainingFailed, match=r"No space left on device; the training stopped .* make room"):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -181,4 +182,7 @@ def _sync_folder(folder: Path) -> None:
 def remove_parts(folder: Path) -> None:
     """Remove what a process that was killed had begun to write. Nobody else may be writing there."""
     for part in folder.glob(f".*{PART_SUFFIX}"):
-        part.unlink(missing_ok=True)
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)

@@ -288,6 +288,7 @@ def collate(examples: Sequence[Example], pad: int) -> Batch:
     tokens = int(mask.sum())
     if examples[0].label is None:
         labels = ids.masked_fill(mask == 0, NO_LABEL)  # [b, t]
+        labels[:, 0] = NO_LABEL  # a soft prompt stands before it, but would not be asked for what follows it later on
         return Batch(ids=ids, mask=mask, labels=labels, targets=tokens - len(examples), tokens=tokens)
     labels = torch.tensor([example.label for example in examples])  # [b]; whole numbers are int64
     return Batch(ids=ids, mask=mask, labels=labels, targets=len(examples), tokens=tokens)

@@ -358,7 +358,7 @@ class Training:
         self._optimizer.zero_grad()
         output = _run(self._model, batch)
         loss = output.loss
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's
+        loss.backward()
         norm = nn.utils.clip_grad_norm_(self._parameters, self._settings.max_gradient_norm, foreach=False)
         value = float(loss.detach())
         if not math.isfinite(value) or not bool(norm.isfinite()):
