@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from os import PathLike
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -115,7 +114,8 @@ class Swarm:
             tuning: what to train: a method of ``client.tuning`` such as ``LoRA(rank=8)``, or several in a list. Its
                 parameters are ``model.tuned.parameters()``.
             module: what was trained before, to be used or trained further: the folder that ``save_pretrained`` or PEFT
-                wrote.
+                wrote, or what somebody has published: ``NAME@HASH``, or ``NAME`` if there is but one. Whoever has it
+                sends it; what is not as its author signed it, or does not fit, is refused.
 
         Raises:
             UnknownModel: nobody serves it, or its files are not on this machine.
@@ -134,7 +134,7 @@ class Swarm:
             mixed_numerics=mixed_numerics,
             local_blocks=local_blocks,
             tuning=tuning,
-            module=None if module is None else Path(module),
+            module=module,
         )
 
     def close(self) -> None:

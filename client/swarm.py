@@ -318,7 +318,7 @@ class AsyncSwarm:
             mixed_numerics=mixed_numerics,
             local_blocks=local_blocks,
             tuning=tuning,
-            module=None if module is None else Path(module),
+            module=module,
         )
         model = await trio.to_thread.run_sync(chosen, name, served, self, Portal(self._token))
         self._nursery.start_soon(self._reach_out, model.served.nodes, model.wishes)

@@ -28,6 +28,7 @@ from client.models.cache import SessionCache
 from client.models.contrastive import contrastive_search
 from client.models.local import LocalBlocks
 from client.models.saved import ModelMark, SavedSession
+from client.modules import obtain
 from client.portal import Portal
 from client.pricing import Wishes
 from client.tuning import peft_files
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from client.swarm import AsyncSwarm, ServedModel
     from client.tuning.trainer import Trainer
     from net.identity import PeerId
+    from net.modules.finding import Progress
     from net.protocol.announcement import NodeAnnouncement
 
 IGNORED_LABEL = -100
@@ -60,6 +62,8 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
 
     Attributes:
         served: the model's nodes as they were when it was made.
+        tuned: what is trained; ``None`` without.
+        parent: hash of the published module that this began with, if it did.
     """
 
     config_class = BloomConfig
@@ -82,6 +86,7 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         choices: Choices = NO_CHOICES,
         local: LocalBlocks | None = None,
         tuned: Tuned | None = None,
+        parent: str | None = None,
     ) -> None:
         super().__init__(config)
         self._mark = ModelMark(model=served.name, digest=served.digest, weights=weights, blocks=served.n_blocks)
@@ -97,6 +102,7 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         self._local = () if local is None else (local,)  # no part of the module: nothing here is to be trained or moved
         self.requires_grad_(False)
         self.tuned = tuned  # after that: its parameters are what is trained
+        self.parent = parent
         self._blocks = RemoteBlocks(served.n_blocks, config.hidden_size, tuned, self._make_trainer, portal)
         self.eval()
 
@@ -522,14 +528,16 @@ def load(
     portal: Portal,
     *,
     tuning: object = None,
-    module: Path | None = None,
+    module: str | PathLike[str] | None = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> DistributedBloomForCausalLM:
     """The model called ``name`` (or whose checkpoint is the folder ``name``), served by ``served``'s nodes.
 
     Args:
         name, tuning, options: see ``AsyncSwarm.model``.
-        module: the folder of what was trained before.
+        module: what was trained before: a folder, or what somebody has published.
+        progress: called with bytes of the module that have come, and of all.
         served: models.
         swarm, portal: through which it is used.
 
@@ -550,23 +558,27 @@ def load(
         raise UnknownModel(f"nobody serves {checkpoint.name}; {_spell(served)}")
     choices = Choices.read(match.n_blocks, **options)
     methods = None if tuning is None else read_methods(tuning)
-    if module is not None:
-        found, _ = peft_files.read_config(module)
-        methods = methods or found
-    if methods and choices.local_blocks:
+    if (methods or module is not None) and choices.local_blocks:
         raise InvalidInput("local_blocks and tuning do not go together yet: leave one of them out")
     config_file = checkpoint.file("config.json")
     config = BloomConfig.from_json_file(str(config_file))
     generation_file = checkpoint.find_file("generation_config.json")
     embeddings = checkpoint.load_embeddings()
     tokenizer = _load_tokenizer(checkpoint)
-    tuned = None
-    if methods:
-        starts = _starts(methods, tokenizer)
-        tuned = Tuned(checkpoint.config, methods, embeddings.word_embeddings.weight, starts)
+    words, parent = embeddings.word_embeddings.weight, None  # [v, d]
+    tuned = None if methods is None else Tuned(checkpoint.config, methods, words, _starts(methods, tokenizer))
+    if module is not None:
+        taken: list[Tuned] = []
+
+        def take(folder: Path) -> None:
+            found = tuned or Tuned(checkpoint.config, peft_files.read_config(folder)[0], words)
+            peft_files.read_weights(found, folder)
+            taken.append(found)
+
+        obtained = portal.call(partial(obtain, swarm, module, checkpoint.digest, check=take, progress=progress))
+        tuned, parent = taken[-1], None if obtained.manifest is None else obtained.manifest.hash
+    if tuned is not None:
         head_config(config, tuned)
-    if tuned is not None and module is not None:
-        peft_files.read_weights(tuned, module)
     digests = checkpoint.block_digests_at_hand(MAX_CHECKED_BYTES)
     return DistributedBloomForCausalLM(
         config,
@@ -586,6 +598,7 @@ def load(
         choices=choices,
         local=LocalBlocks.load(checkpoint, choices.local_blocks) if choices.local_blocks else None,
         tuned=tuned,
+        parent=parent,
     )
 
 

@@ -16,11 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from safetensors.torch import save as to_safetensors
-from torch import Tensor
 
 from client.errors import InvalidInput
+from client.module_files import read_tensors
 from client.tuning.methods import (
     MAX_ALPHA,
     TARGETS,
@@ -33,9 +32,8 @@ from client.tuning.methods import (
     RegressionHead,
     read_methods,
 )
-from client.tuning.tuned import LAYERS, PROMPT, Tuned
-from compute.errors import CheckpointError
-from compute.shards import open_shard
+from client.tuning.tuned import LAYERS, Tuned
+from net.errors import ModuleError
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
@@ -74,9 +72,8 @@ def write(tuned: Tuned, folder: Path, base_model: str) -> None:
         OSError: it cannot be written; the files that were there are as they were.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    own = config_of(tuned, base_model)["peft_type"] == _OWN
     tensors = {
-        name if own or name == PROMPT else _PREFIX + name: parameter.detach().cpu().contiguous()
+        _stored_name(tuned, name): parameter.detach().cpu().contiguous()
         for name, parameter in tuned.state_dict().items()
     }
     replace_file(folder / WEIGHTS_FILE, to_safetensors(tensors, metadata={"format": "pt"}))
@@ -158,26 +155,18 @@ def read_weights(tuned: Tuned, folder: Path) -> None:
     Raises:
         InvalidInput: a parameter is missing, has another shape or type, or is not finite; or there are others.
     """
-    expected = dict(tuned.state_dict())
-    found: dict[str, Tensor] = {}
-    path = folder / WEIGHTS_FILE
+    stored = {_stored_name(tuned, name): name for name in tuned.state_dict()}
+    shapes = {name: tuple(tuned.state_dict()[own].shape) for name, own in stored.items()}
     try:
-        with open_shard(path) as shard:
-            names = {name.removeprefix(_PREFIX): name for name in shard.names()}
-            if names.keys() != expected.keys() or len(names) != len(shard.names()):
-                odd = sorted(names.keys() ^ expected.keys())
-                raise InvalidInput(f"{path} has other parameters than its configuration says: {odd[0]:.100}")
-            for name, stored in names.items():
-                dtype, shape = shard.describe(stored)
-                if dtype is None or shape != tuple(expected[name].shape):
-                    raise InvalidInput(f"{path}: {name} has shape {list(shape)}, not {list(expected[name].shape)}")
-                values = shard.read(stored).float().clone()
-                if not torch.isfinite(values).all():
-                    raise InvalidInput(f"{path}: {name} holds NaN or infinity")
-                found[name] = values
-    except CheckpointError as error:
-        raise InvalidInput(str(error)) from error
-    tuned.load_state_dict(found)
+        found = read_tensors(folder, shapes)
+    except ModuleError as error:
+        raise InvalidInput(f"{folder / WEIGHTS_FILE} does not fit: {error}") from error
+    tuned.load_state_dict({stored[name]: values.float() for name, values in found.items()})
+
+
+def _stored_name(tuned: Tuned, name: str) -> str:
+    """What a parameter is called in the file: PEFT has a prefix before those of modules."""
+    return _PREFIX + name if config_of(tuned, "")["peft_type"] == "LORA" else name
 
 
 def replace_file(path: Path, data: bytes) -> None:
