@@ -149,11 +149,13 @@ class _Call:
         state: As ``where`` is told.
         scope: Of the work.
         cancelled: Whether the client wants it no longer.
+        size: Bytes of its tensors, held until it has been answered.
         tunes: The key of the tuning that it brings.
     """
 
     number: int
     message: Message
+    size: int
     state: str = "waiting"
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     cancelled: bool = False
@@ -171,9 +173,10 @@ class _Talk:
             connection.line,
             max_parcels=wire.MAX_CALLS,
             limit=_limit,
-            take=lambda count: training.room.take(self._peer_id, count),
+            take=self._hold,
             give_back=self._give_back,
         )
+        self._held = 0  # bytes of the node's room
         self._calls: dict[int, _Call] = {}
         self._freed = trio.Event()  # a call has been answered
         self._tuning: dict[bytes, trio.Event] = {}  # keys of tunings that have come, and are being looked at
@@ -183,37 +186,40 @@ class _Talk:
         try:
             async with open_service_nursery() as nursery:
                 nursery.start_soon(self._parcels.run)
-                while True:
-                    with trio.move_on_after(IDLE_S) as scope:
-                        message = await self._parcels.receive()
-                    if scope.cancelled_caught:
-                        if self._calls:
-                            continue
-                        break
-                    if message is None:
-                        break
+                while (message := await self._next()) is not None:
                     await self._take(message, nursery)
                 nursery.cancel_scope.cancel()
         finally:
-            self._parcels.clear()
+            self._give_back(self._held)
             self._training.tunings.forget(self)
+
+    async def _next(self) -> Message | NoRoom | None:
+        """What is asked next; ``None`` if nothing is any more."""
+        while True:
+            with trio.move_on_after(IDLE_S) as scope:
+                return await self._parcels.receive()
+            if scope.cancelled_caught and not self._calls and trio.current_time() - self._parcels.heard_at >= IDLE_S:
+                return None
 
     async def _take(self, message: Message | NoRoom, nursery: trio.Nursery) -> None:
         number, method = read_id(message.header), message.header.get("m")
+        size = 0 if isinstance(message, NoRoom) else tensor_bytes(message)
         if isinstance(message, NoRoom):
             self._count("busy")
-            nursery.start_soon(self._refuse, number, RpcError("busy", "too much is being sent", RETRY_AFTER_S))
-        elif method == "where":
-            state = self._where(read_id(message.header, "of"))
-            await self._parcels.send(Message(header={"id": number, "state": state}))
-        elif method == "cancel":
-            self._cancel(read_id(message.header, "of"), nursery)
+            await self._refuse(number, RpcError("busy", "too much is being sent", RETRY_AFTER_S))
+        elif method in ("where", "cancel"):
+            self._give_back(size)
+            of = read_id(message.header, "of")
+            if method == "where":
+                await self._parcels.send(Message(header={"id": number, "state": self._where(of)}))
+            else:
+                await self._cancel(of)
         else:
             while len(self._calls) >= wire.MAX_CALLS:
                 await self._freed.wait()
             if number in self._calls:
                 raise errors.RemoteProtocolError(f"question {number} was asked twice")
-            call = self._calls[number] = _Call(number=number, message=message)
+            call = self._calls[number] = _Call(number=number, message=message, size=size)
             if method == "tune" and isinstance(key := message.header.get("key"), bytes):
                 call.tunes = key
                 self._tuning.setdefault(key, trio.Event())  # now: calls may follow at once
@@ -225,7 +231,7 @@ class _Talk:
             return call.state
         return "waiting" if self._parcels.is_coming(number) else "unseen"
 
-    def _cancel(self, number: int, nursery: trio.Nursery) -> None:
+    async def _cancel(self, number: int) -> None:
         call = self._calls.get(number)
         if call is not None:
             call.cancelled = True
@@ -234,7 +240,7 @@ class _Talk:
         was_coming = self._parcels.is_coming(number)
         self._parcels.drop(number)
         if was_coming:
-            nursery.start_soon(self._refuse, number, _cancelled())
+            await self._refuse(number, _cancelled())
 
     async def _refuse(self, number: int, error: RpcError) -> None:
         await self._parcels.send(Message(header={**lane.refusal(error), "id": number}))
@@ -246,7 +252,7 @@ class _Talk:
             call.state = "running"
             await self._parcels.send(Message(header={**answer.header, "id": call.number}, tensors=answer.tensors))
         finally:
-            self._give_back(tensor_bytes(call.message))
+            self._give_back(call.size)
             del self._calls[call.number]
             self._freed.set()
             self._freed = trio.Event()
@@ -325,7 +331,14 @@ class _Talk:
         self._training.tunings.put(self, tune.key, tuning, tensors[0].n_bytes)
         return Message(header={})
 
+    def _hold(self, count: int) -> bool:
+        if not self._training.room.take(self._peer_id, count):
+            return False
+        self._held += count
+        return True
+
     def _give_back(self, count: int) -> None:
+        self._held -= count
         self._training.room.give_back(self._peer_id, count)
 
     def _count(self, code: str) -> None:

@@ -92,8 +92,9 @@ class CallStream:
         connection: Below it, once there is one.
     """
 
-    def __init__(self, host: Host, node: NodeAnnouncement) -> None:
+    def __init__(self, host: Host, node: NodeAnnouncement, open_timeout_s: float = OPEN_TIMEOUT_S) -> None:
         self.answered = 0
+        self._open_timeout_s = open_timeout_s
         self.connection: Connection | None = None
         self._host = host
         self._node = node
@@ -210,21 +211,20 @@ class CallStream:
         Args:
             key: Its key.
             make: Gives the fields of ``tune``, and its numbers.
+
+        Raises:
+            PeerFailed: the stream is over.
+        Cancellation: it is sent all the same.
         """
         await self._opened.wait()
+        if self._nursery is None:
+            raise self._failed()
         upload = self._uploads.get(key)
         if upload is None:
-            if self._nursery is None or self._failure is not None:
-                raise self._failed()
-            fields, numbers = await make()
-            upload = self._uploads.get(key)
-        if upload is None:
-            if self._nursery is None or self._failure is not None:
-                raise self._failed()
             upload = self._uploads[key] = _Upload()
             if len(self._uploads) > wire.MAX_TUNINGS:
                 self._uploads.popitem(last=False)
-            self._nursery.start_soon(self._upload, upload, fields, numbers)
+            self._nursery.start_soon(self._upload, upload, make)
         self._uploads.move_to_end(key)
         await upload.sent.wait()
 
@@ -238,8 +238,9 @@ class CallStream:
             del self._uploads[key]
         return upload.refused
 
-    async def _upload(self, upload: _Upload, fields: Mapping[str, Any], numbers: Tensor) -> None:
+    async def _upload(self, upload: _Upload, make: Callable[[], Awaitable[tuple[Mapping[str, Any], Tensor]]]) -> None:
         try:
+            fields, numbers = await make()
             await self._call("tune", fields, [numbers], upload.sent, limit=0)
         except errors.RpcError as error:
             upload.refused = error
@@ -257,11 +258,11 @@ class CallStream:
         """
         node = self._node
         try:
-            with trio.fail_after(OPEN_TIMEOUT_S):
+            with trio.fail_after(self._open_timeout_s):
                 connection = await self._host.connect(node.peer_id, node.addresses)
                 return await self._host.open_lazily_over(connection, wire.PROTOCOL_ID), connection
         except trio.TooSlowError as error:
-            raise errors.PeerFailed(node.peer_id, f"no connection in {OPEN_TIMEOUT_S:g} s") from error
+            raise errors.PeerFailed(node.peer_id, f"no connection in {self._open_timeout_s:g} s") from error
         except errors.PeerFailed:
             raise
         except errors.NetError as error:
@@ -277,6 +278,9 @@ class CallStream:
                     nonlocal failure
                     try:
                         await task()
+                    except errors.PeerFailed as error:
+                        if not scope.cancel_called:
+                            failure = error
                     except (errors.NetError, trio.ClosedResourceError) as error:
                         if not scope.cancel_called:
                             failure = errors.PeerFailed(self._node.peer_id, str(error) or "the stream is closed")
@@ -315,11 +319,12 @@ class CallStream:
             if number in self._asked:
                 self._take_place(number, message)
                 continue
-            pending = self._calls.pop(number, None)
+            pending = self._calls.get(number)
             if pending is None:
                 raise errors.RemoteProtocolError("answers what was not asked")
             if tensor_bytes(message) > pending.limit:
                 raise errors.RemoteProtocolError(f"an answer of {tensor_bytes(message)} bytes, not {pending.limit}")
+            del self._calls[number]
             self._note_time(pending)
             self.answered += 1
             pending.answer = message
@@ -344,7 +349,7 @@ class CallStream:
         """Notice when the node is lost, though nothing says so.
 
         Raises:
-            ConnectionLost: it is.
+            PeerFailed: it is.
         """
         while True:
             await self._waited_for.wait()
@@ -354,20 +359,23 @@ class CallStream:
                 self._look(trio.current_time())
 
     def _look(self, now: float) -> None:
+        """Raises:
+        PeerFailed: the node is no good.
+        """
         if self._parcels is None or self.connection is None or self._nursery is None or not self._calls:
             return
         self.connection.mux.check()
         sent = [call for call in self._calls.values() if call.sent_at is not None]
         if any(now - call.began_at > CALL_S for call in sent):
-            raise errors.ConnectionLost(f"no answer in {CALL_S:g} s")
+            raise self._given_up(f"no answer in {CALL_S:g} s")
         life = max(self._parcels.heard_at, self._parcels.handed_at)
         sending = [call for call in self._calls.values() if call.sent_at is None and not call.unwanted]
         if any(now - max(life, call.began_at) > STALL_S for call in sending):
-            raise errors.ConnectionLost(f"takes nothing of what is sent, for {STALL_S:g} s")
+            raise self._given_up(f"takes nothing of what is sent, for {STALL_S:g} s")
         speed = self._parcels.line.bytes_per_s
         silence = SILENCE_S + (QUEUE_BYTES / speed if speed else 0.0)
         if any(now - max(life, asked_at) > silence for _, asked_at in self._asked.values()):
-            raise errors.ConnectionLost(f"does not say where a call is, for {silence:.1f} s")
+            raise self._given_up(f"hangs: does not say where a call is, for {silence:.1f} s")
         if self._asked:
             return
         late = min(sent, key=lambda call: call.seen_at, default=None)
@@ -383,7 +391,8 @@ class CallStream:
 
     def _take_place(self, number: int, message: Message) -> None:
         """Raises:
-        RemoteProtocolError: the node has lost the call, or does not say.
+        PeerFailed: the node has lost the call.
+        RemoteProtocolError: it does not say.
         """
         about, _ = self._asked.pop(number)
         state = wire.read_state(message.header)
@@ -391,7 +400,7 @@ class CallStream:
         if pending is None:
             return
         if state == "unseen":
-            raise errors.RemoteProtocolError("has lost a call")
+            raise self._given_up("has lost a call")
         pending.seen_at = trio.current_time()
 
     # Room for calls
@@ -416,6 +425,9 @@ class CallStream:
         for pending in self._calls.values():
             pending.done.set()
         self._note_freed()
+
+    def _given_up(self, reason: str) -> errors.PeerFailed:
+        return errors.PeerFailed(self._node.peer_id, reason)
 
     def _failed(self) -> errors.PeerFailed:
         """The same for each who waits, with a traceback of its own."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from client.errors import InvalidInput
 from client.routing import Hop
-from client.tuning.call_stream import CallStream
+from client.tuning.call_stream import OPEN_TIMEOUT_S, CallStream
 from compute.errors import BadInput
 from compute.requests import check_hidden
 from compute.tensors import from_wire, to_wire
@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 BUSY_S: Final = 30.0  # that a node may put a call off, in all
 MAX_RETRY_AFTER_S: Final = 10.0
+REOPEN_TIMEOUT_S: Final = 3.0  # for a node whose connection broke
 UPLOADS: Final = 3  # of one tuning for one call: others may push it out of the node's memory
 LONG_BYTES: Final = 1 << 18  # of what is converted in a thread, for others share the loop
 _ITEM_BYTES: Final = 4  # of a tuning's number
@@ -116,6 +117,7 @@ class _Call:
         return b * t * (self.hop.end - self.hop.start)
 
     def fields(self) -> Mapping[str, Any]:
+        """Of the question."""
         b, t, _ = self.shape
         return wire.Work(
             digest=self.digest,
@@ -190,28 +192,33 @@ class RemoteCaller:
 
     async def _ask(self, method: str, call: _Call) -> list[Tensor]:
         """What the node makes of it, checked; it is asked again while it is busy, and once on another connection."""
-        peer_id = call.hop.node.peer_id
+        peer_id, tuning = call.hop.node.peer_id, call.tuning
         tensors = await _converted(lambda: _write(call), call.state_bytes + _ITEM_BYTES * call.n_tuning)
+
+        async def make() -> tuple[Mapping[str, Any], framing.Tensor]:
+            if tuning is None:
+                raise ValueError("no tuning")
+            return await _converted(lambda: _upload(call, tuning), _ITEM_BYTES * call.n_tuning)
+
         busy_until, uploads, reopened = trio.current_time() + BUSY_S, 0, False
         limit = call.state_bytes + (_ITEM_BYTES * call.n_tuning if method == "backward" else 0)
         while True:
-            stream = self._stream_to(call.hop)
-            was_used = stream.answered > 0
+            stream = self._stream_to(call.hop, REOPEN_TIMEOUT_S if reopened else OPEN_TIMEOUT_S)
             try:
-                if call.tuning is not None:
-                    await stream.upload(call.tuning.key, lambda: _upload(call))
+                if tuning is not None:
+                    await stream.upload(tuning.key, make)
                 answer = await stream.call(method, call.fields(), tensors, limit=limit, amount=call.amount)
                 break
             except errors.PeerFailed as error:
-                if reopened or not was_used or not isinstance(error.__cause__, _BROKEN):
+                if reopened or not stream.answered or not isinstance(error.__cause__, _BROKEN):
                     raise
                 reopened = True  # the connection broke, and the node may be well
                 continue
             except errors.RpcError as error:
                 refused = error
-            if refused.code == "no-tuning" and call.tuning is not None and uploads < UPLOADS:
+            if refused.code == "no-tuning" and tuning is not None and uploads < UPLOADS:
                 uploads += 1
-                said = await stream.forget_upload(call.tuning.key)
+                said = await stream.forget_upload(tuning.key)
                 if said is None:
                     continue
                 refused = said
@@ -228,7 +235,7 @@ class RemoteCaller:
         except BadInput as error:
             raise errors.PeerFailed(peer_id, f"answers {method!r} wrongly: {error}") from error
 
-    def _stream_to(self, hop: Hop) -> CallStream:
+    def _stream_to(self, hop: Hop, open_timeout_s: float) -> CallStream:
         """The stream to a node; a new one, if that is over, or goes through a relay though there is a better way."""
         node = hop.node
         stream = self._streams.get(node.peer_id)
@@ -238,19 +245,24 @@ class RemoteCaller:
                 stream.end()
                 stream = None
         if stream is None or stream.is_over:
-            stream = self._streams[node.peer_id] = CallStream(self._host, node)
+            stream = self._streams[node.peer_id] = CallStream(self._host, node, open_timeout_s)
             self._nursery.start_soon(stream.run)
         return stream
 
 
 def _write(call: _Call) -> list[framing.Tensor]:
-    """Raises:
-    InvalidInput: values that no node takes.
+    """What travels, checked; and the tuning has its key.
+
+    Raises:
+        InvalidInput: values that no node takes.
     """
     tensors = []
-    if call.tuning is not None:
-        _ = call.tuning.key  # takes long the first time
+    tuning = call.tuning
     try:
+        if tuning is not None and not all(tensor.isfinite().all() for tensor in tuning.tensors.values()):
+            raise BadInput("not-finite", "NaN or infinity in what is trained")
+        if tuning is not None:
+            _ = tuning.key  # is kept; the first time, all of it is read
         for state in call.states:
             if not state.isfinite().all():
                 raise BadInput("not-finite", "NaN or infinity in hidden states, or in a gradient with respect to them")
@@ -284,26 +296,11 @@ def _read(method: str, call: _Call, answer: Message) -> list[Tensor]:
     return results
 
 
-async def _upload(call: _Call) -> tuple[Mapping[str, Any], framing.Tensor]:
-    """The fields and the tensor of ``tune``.
-
-    Raises:
-        InvalidInput: values that no node takes.
-    """
-    tuning = call.tuning
-    if tuning is None:
-        raise ValueError("no tuning")
-
-    def flat() -> framing.Tensor:
-        numbers = tuning.flat().detach()  # [n]
-        if not numbers.isfinite().all():
-            raise InvalidInput("NaN or infinity in what is trained")
-        name, shape, data = to_wire(numbers)
-        return framing.Tensor(dtype=name, shape=shape, data=data)
-
-    tensor = await _converted(flat, _ITEM_BYTES * call.n_tuning)
+def _upload(call: _Call, tuning: SpanTuning) -> tuple[Mapping[str, Any], framing.Tensor]:
+    """The fields and the tensor of ``tune``."""
     tune = wire.Tune(digest=call.digest, start=tuning.start, end=tuning.end, key=tuning.key)
-    return {**tune.to_fields(), **tuning.form.to_fields()}, tensor
+    name, shape, data = to_wire(tuning.flat())
+    return {**tune.to_fields(), **tuning.form.to_fields()}, framing.Tensor(dtype=name, shape=shape, data=data)
 
 
 async def _converted(convert: Callable[[], T], size: int) -> T:

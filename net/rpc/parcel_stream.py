@@ -124,11 +124,3 @@ class ParcelStream:
     def drop(self, number: int) -> None:
         """The sender has given up this parcel, and sends no more of it."""
         self._assembler.drop(number)
-
-    def skip(self, number: int) -> None:
-        """Keep nothing of this parcel, of which more may come."""
-        self._assembler.skip(number)
-
-    def clear(self) -> None:
-        """The stream is over: nothing is kept any more."""
-        self._assembler.clear()

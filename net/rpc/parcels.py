@@ -208,16 +208,6 @@ class Assembler:
         if parcel is not None:
             self._discard(parcel)
 
-    def skip(self, number: int) -> None:
-        """Keep nothing of this one, of which more may come; one that is not there is no error."""
-        if number in self._open:
-            self._discard(self._open[number])
-
-    def clear(self) -> None:
-        """Keep nothing any more: the stream is over."""
-        for number in list(self._open):
-            self.drop(number)
-
     def receive(self, message: Message, now: float) -> Message | NoRoom | None:
         """Take a message from the stream.
 
