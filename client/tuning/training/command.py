@@ -150,40 +150,28 @@ def tune(swarm: Swarm, task: Task, *, as_json: bool) -> int:
         ClientError, NetError: It cannot be done (any more).
         OSError: A file cannot be read, or what was trained cannot be written.
     """
-    torch.manual_seed(task.seed)  # for the first parameters
-    if task.module is None:
-        rows, held_out_rows = task.read(is_labelled="head" in task.methods)
-        model = swarm.model(task.model, tuning=task.tuning(rows), **task.choices)
-    else:
-        model = swarm.model(task.model, module=task.module, **task.choices)
-        head = _head(model.tuned.methods)
-        rows, held_out_rows = task.read(is_labelled=head is not None)
+    model, rows, held_out_rows = _load(swarm, task)
     methods = model.tuned.methods
     names = [NAMES[type(method)] for method in methods if type(method) in NAMES]
     if not names:
         raise InvalidInput("what the module has cannot be trained by this command: use swarm.model(..., module=)")
     with Shown(is_silent=as_json) as shown:
-        examples = _examples(rows, task, model.tokenizer, _head(methods), str(task.data))
-        held_out = _examples(held_out_rows, task, model.tokenizer, _head(methods), str(task.held_out or task.data))
+        examples = _examples(rows, task, model.tokenizer, _head(methods), task.data)
+        held_out = _examples(held_out_rows, task, model.tokenizer, _head(methods), task.held_out or task.data)
         shown.say(_spell_data("training", task.data, examples))
         shown.say(_spell_data("held out", task.held_out or task.data, held_out))
         pad = _padding(model.tokenizer)
+        marks = {
+            "model": model.served.name,
+            "digest": model.served.digest,
+            "methods": [repr(method) for method in methods],
+            "module": task.module,
+            "data": examples.digest,
+            "held_out": held_out.digest,
+        }
+        settings = task.settings(names, len(examples))
         training = Training(
-            model,
-            examples.examples,
-            held_out.examples,
-            task.settings(names, len(examples)),
-            task.out,
-            marks={
-                "model": model.served.name,
-                "digest": model.served.digest,
-                "methods": [repr(method) for method in methods],
-                "module": task.module,
-                "data": examples.digest,
-                "held_out": held_out.digest,
-            },
-            pad=pad,
-            watcher=shown,
+            *(model, examples.examples, held_out.examples, settings, task.out), marks=marks, pad=pad, watcher=shown
         )
         if training.take_up():
             shown.say(f"going on after step {training.step}")
@@ -195,7 +183,7 @@ def tune(swarm: Swarm, task: Task, *, as_json: bool) -> int:
             with console.interruptible(), terminable():
                 outcome = training.run()
         except TrainingInterrupted as error:
-            shown.say(f"interrupted after step {error.step}, which is saved: the same command again goes on from there")
+            shown.say_surely(f"{error}: the same command again goes on from there")
             return console.EXIT_INTERRUPTED
     told = _told(outcome, training.notes)
     write_module(
@@ -216,12 +204,26 @@ def tune(swarm: Swarm, task: Task, *, as_json: bool) -> int:
     return 0
 
 
+def _load(swarm: Swarm, task: Task) -> tuple[Any, list[Row], list[Row]]:
+    """The model with what is to be trained, and the lines to train on and to evaluate with.
+
+    Raises: as ``tune``.
+    """
+    torch.manual_seed(task.seed)  # for the first parameters
+    if task.module is None:
+        rows, held_out = task.read(is_labelled="head" in task.methods)
+        return swarm.model(task.model, tuning=task.tuning(rows), **task.choices), rows, held_out
+    model = swarm.model(task.model, module=task.module, **task.choices)
+    rows, held_out = task.read(is_labelled=model.tuned is not None and _head(model.tuned.methods) is not None)
+    return model, rows, held_out
+
+
 def _head(methods: Sequence[Method]) -> ClassificationHead | RegressionHead | None:
     return next((method for method in methods if isinstance(method, ClassificationHead | RegressionHead)), None)
 
 
 def _examples(
-    rows: Sequence[Row], task: Task, tokenizer: Any, head: ClassificationHead | RegressionHead | None, named: str
+    rows: Sequence[Row], task: Task, tokenizer: Any, head: ClassificationHead | RegressionHead | None, path: Path
 ) -> Examples:
     if not rows:
         return Examples(examples=(), texts=0, tokens=0)
@@ -233,7 +235,7 @@ def _examples(
     if head is None:
         return pack(rows, encode, end=tokenizer.eos_token_id, length=task.max_length)
     classes = head.labels if isinstance(head, ClassificationHead) else None
-    return label_examples(rows, encode, length=task.max_length, classes=classes, named=named)
+    return label_examples(rows, encode, length=task.max_length, classes=classes, named=str(path))
 
 
 def _padding(tokenizer: Any) -> int:

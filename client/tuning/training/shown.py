@@ -50,7 +50,12 @@ class Shown(Watcher):
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        if not self._is_silent and sys.stderr is not None:
+        if not self._is_silent:
+            self.say_surely(text)
+
+    def say_surely(self, text: str) -> None:
+        """The same, even if this is to be silent."""
+        if sys.stderr is not None:
             self._bar.console.print(text, markup=False, soft_wrap=True)
 
     def began(self, step: int, steps: int) -> None:
