@@ -90,8 +90,9 @@ class Tuned(nn.Module):
         for block in range(config.n_layer if lora is not None else 0):
             for target in self.form.targets:
                 # In PEFT's order of random numbers, so that the same seed gives the same matrices.
-                down = nn.Linear(*reversed(shapes[f"lora.{block}.{target}.a"]), bias=False)  # [r, in]
-                up = nn.Linear(*reversed(shapes[f"lora.{block}.{target}.b"]), bias=False)  # [out, r]
+                rank, in_features = shapes[f"lora.{block}.{target}.a"]
+                down = nn.Linear(in_features, rank, bias=False)  # [r, in]
+                up = nn.Linear(rank, shapes[f"lora.{block}.{target}.b"][0], bias=False)  # [out, r]
                 nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
                 nn.init.zeros_(up.weight)
                 beside = self._below(f"transformer.h.{block}.{LAYERS[target]}")

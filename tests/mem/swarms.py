@@ -71,7 +71,7 @@ class RunningNode:
     async def die(self) -> None:
         """End as SIGKILL would: connections break, the announcement stays."""
 
-        async def nothing() -> None:
+        async def nothing(*_: bytes) -> None:
             """Nobody has the time to withdraw."""
 
         self.dht.withdraw = nothing  # type: ignore[method-assign]
@@ -119,6 +119,18 @@ class TestSwarm:
         )
         self.nodes.append(node)
         return node
+
+    @asynccontextmanager
+    async def another_client(self) -> AsyncIterator[AsyncSwarm]:
+        """Another program, on another machine."""
+        async with (
+            open_host(Identity.generate(), transports=(self.network.transport(),)) as host,
+            open_service_nursery() as nursery,
+        ):
+            dht = Dht(host, server=False)
+            await dht.join([self.bootstrap])
+            yield AsyncSwarm(host, dht, nursery)
+            nursery.cancel_scope.cancel()
 
     async def model(self, folder: Path) -> DistributedBloomForCausalLM:
         return await self.client.model(str(folder))

@@ -459,7 +459,11 @@ async def test_a_pause_is_at_once(odd: Reference) -> None:
     async with swarm_of(odd.folder, [(0, 5)]) as swarm, trio.open_nursery() as nursery:
         [node] = swarm.nodes
         gate = trio.Event()
-        node.dht.withdraw = gate.wait  # type: ignore[method-assign]
+
+        async def wait(*_: bytes) -> None:
+            await gate.wait()
+
+        node.dht.withdraw = wait  # type: ignore[method-assign]
         async with session_with(swarm, node) as session:
             await session.open(0, 5)
             nursery.start_soon(node.node.pause, "a game")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+import trio
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from client.errors import InvalidInput
+from client.swarm import AsyncSwarm
 from client.tuning import (
     Between,
     ClassificationHead,
@@ -25,7 +28,7 @@ from client.tuning import (
 )
 from client.tuning.tuned import Tuned
 from tests.checkpoints import make_checkpoint, make_model
-from tests.mem.swarms import Span, blocking, swarm_of
+from tests.mem.swarms import Span, blocking, generate, swarm_of
 from tests.one_machine import local_loss, shake
 
 CHAINS: dict[str, list[Span]] = {
@@ -247,3 +250,44 @@ async def test_a_head_gives_no_tokens_and_says_so(folder: Path) -> None:
         plain = await swarm.client.model(str(folder))
         with pytest.raises(InvalidInput, match="nothing to save"):
             plain.save_pretrained("anywhere")
+
+
+async def test_two_that_train_and_one_that_generates_get_what_each_gets_alone(folder: Path) -> None:
+    ids = torch.tensor([[40, 41, 90, 17, 200]])
+
+    def train(model: Any, rows: Tensor, labels: Tensor) -> str:
+        optimizer = torch.optim.AdamW(model.tuned.parameters(), lr=1e-2)
+        for _ in range(12):
+            optimizer.zero_grad()
+            model(input_ids=rows, labels=labels).loss.backward()
+            optimizer.step()
+        digest: str = model.tuned.digest()
+        return digest
+
+    async def users(clients: Sequence[AsyncSwarm]) -> list[Callable[[], object]]:
+        """What each of them does; their models begin with random numbers, which are made one after another."""
+        torch.manual_seed(1)
+        one = await clients[0].model(str(folder), tuning=[LoRA(rank=3), DeepPromptTuning(2)])
+        two = await clients[1].model(str(folder), tuning=[LoRA(rank=2, targets=("dense",)), ClassificationHead(3)])
+        three = await clients[2].model(str(folder))
+        first, second = batch(1)[0], batch(2)[0]
+        return [
+            lambda: train(one, first, first),
+            lambda: train(two, second, torch.tensor([0, 1, 2, 0, 1, 2])),
+            lambda: generate(three, ids, max_new_tokens=60, do_sample=False),
+        ]
+
+    async with swarm_of(folder, CHAINS["two-nodes"]) as swarm:
+        alone = [await blocking(user) for user in await users([swarm.client] * 3)]
+    async with swarm_of(folder, CHAINS["two-nodes"]) as swarm, AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(swarm.another_client()) for _ in range(3)]
+        together: dict[int, object] = {}
+
+        async def run(number: int, user: Callable[[], object]) -> None:
+            together[number] = await blocking(user)
+
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                for number, user in enumerate(await users(clients)):
+                    nursery.start_soon(run, number, user)
+    assert [together[number] for number in range(3)] == alone
