@@ -187,8 +187,9 @@ def run_serve(options: argparse.Namespace) -> int:
             await console.start_presence(options, host, dht, bootstrap, nursery)
             await dht.join(bootstrap)
             await nursery.start(dht.run)
+            files = FileServer(host)
             if options.pin:
-                pinning.start_pins(options, host, dht, FileServer(host), nursery)
+                pinning.start_pins(options, host, dht, files, nursery)
             node = Node(host, dht, checkpoint, settings, metrics)
             await nursery.start(pause_on_signal, node)
             offer = await _start(nursery, node, checkpoint.name)

@@ -60,12 +60,13 @@ def sealed(change: dict[str, Any], *, by: Identity = AUTHOR, domain: str = manif
     }
     payload = packing.pack({**fields, **change})
     signature = by.sign(make_unsigned(domain, manifests.PAYLOAD_TYPE, payload))
-    return Envelope(
+    envelope = Envelope(
         public_key=by.key_pair.public_key,
         payload_type=manifests.PAYLOAD_TYPE,
         raw_payload=payload,
         signature=signature,
-    ).marshal_envelope()
+    )
+    return bytes(envelope.marshal_envelope())
 
 
 # Manifests
@@ -215,6 +216,31 @@ def test_a_changed_byte_is_noticed(position: int, change: int) -> None:
     data[position] ^= change
     with pytest.raises(ModuleError):
         manifests.verify(bytes(data), expected_hash=whole.hash)
+
+
+anything = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=20)
+    | st.binary(max_size=40),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+names = ["v", "name", "model", "model_digest", "method", "files", "metrics", "licence", "parent", "author", "created"]
+
+
+@given(st.dictionaries(st.sampled_from(names), anything, min_size=1))
+def test_whatever_is_signed_is_a_manifest_or_refused(change: dict[str, Any]) -> None:
+    try:
+        manifest = manifests.verify(sealed(change))
+    except ModuleError as error:
+        assert "\n" not in str(error)
+    else:
+        assert manifest.author == AUTHOR.peer_id
+        assert all(manifests.FILE_NAME.fullmatch(file.name) for file in manifest.files)
+        assert manifests.NAME.fullmatch(manifest.name)
 
 
 def test_too_much_is_not_even_parsed() -> None:
