@@ -70,6 +70,10 @@ class Member:
 
     async def leave(self) -> None:
         await self.dht.withdraw()
+        await self.die()
+
+    async def die(self) -> None:
+        """Without a word: what it has announced stays."""
         self.left.set()
         await self.gone.wait()
 
@@ -162,6 +166,19 @@ async def test_a_module_outlives_its_publisher(tmp_path: Path) -> None:
         assert await user.finder.by_hash(manifest.hash) is None
         with pytest.raises(ModuleError, match="nobody has the module my-adapter@"):
             await late.finder.resolve(reference(manifest))
+
+
+async def test_a_publisher_that_died_is_passed_over(tmp_path: Path) -> None:
+    async with members(4, tmp_path) as (_, publisher, volunteer, user):
+        manifest = await publisher.publish(make_module(tmp_path / "mine"))
+        await volunteer.modules.hold(reference(manifest))
+        await publisher.die()
+        found = await user.finder.resolve(reference(manifest))
+        assert {holder.peer_id for holder in found.holders} == {publisher.host.peer_id, volunteer.host.peer_id}
+        for holders in (found.holders, found.holders[::-1]):
+            store = ModuleStore(tmp_path / f"of-{holders[0].peer_id}")
+            stored = await user.finder.fetch(FoundModule(manifest=manifest, holders=holders), store)
+            check_files(manifest, stored.folder)
 
 
 async def test_names_that_several_have(tmp_path: Path) -> None:
