@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from client.models.bloom import DistributedBloomForCausalLM
     from client.modules import ObtainedModule
     from client.tuning.methods import Method
+    from net.files.models import FileProgress
     from net.identity import PeerId
     from net.modules.finding import FoundModule
 
@@ -98,11 +99,12 @@ class Swarm:
         local_blocks: int = 0,
         tuning: Method | Sequence[Method] | None = None,
         module: str | PathLike[str] | None = None,
+        progress: FileProgress | None = None,
     ) -> DistributedBloomForCausalLM:
         """A model of the swarm, as a transformers ``GenerationMixin`` with its ``.tokenizer``.
 
         Args:
-            name: as served, or the path of its checkpoint's folder (see ``AsyncSwarm.model``).
+            name: as served, or the path of its checkpoint's folder, or ``NAME@DIGEST`` (see ``AsyncSwarm.model``).
             allow: the only peers to use, by PeerId; all by default.
             block: peers not to use.
             pins: who must compute certain blocks: ``{(start, end): PeerId}``.
@@ -116,9 +118,10 @@ class Swarm:
             module: what was trained before, to be used or trained further: the folder that ``save_pretrained`` or PEFT
                 wrote, or what somebody has published: ``NAME@HASH``, or ``NAME`` if there is but one. Whoever has it
                 sends it; what is not as its author signed it, or does not fit, is refused.
+            progress: called in another thread with (name, bytes that are here, bytes in all) of files that nodes give.
 
         Raises:
-            UnknownModel: nobody serves it, or its files are not on this machine.
+            UnknownModel: nobody serves it, or its files are not on this machine and nobody gives them.
             TypeError, InvalidInput: options that cannot be, and what to do.
         """
         from client.models.bloom import load
@@ -135,6 +138,7 @@ class Swarm:
             local_blocks=local_blocks,
             tuning=tuning,
             module=module,
+            progress=progress,
         )
 
     def close(self) -> None:

@@ -40,7 +40,7 @@ def add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         required=True,
         metavar="NAME",
         help="as served, or the path of its checkpoint's folder (with a / in it: ./bloom-tiny is a folder, bloom-tiny "
-        "the model that ships)",
+        "the model that ships); what is not on this machine comes from nodes: NAME@DIGEST takes these files alone",
     )
     generate.add_argument(
         "prompt",
@@ -210,7 +210,8 @@ def run_generate(options: argparse.Namespace) -> int:
     if not prompt and not goes_on:
         raise console.UserError("the prompt is empty: give at least one character")
     how, pins = sampling_options(options), read_pins(options.pin)
-    console.tell_warnings("client")
+    for logger in ("client", "compute.peer_models"):
+        console.tell_warnings(logger)
     if options.seed is not None and not how["do_sample"]:
         raise console.UserError(
             "--seed does nothing without sampling: add --temperature, --top-p or --top-k, or leave it out"
@@ -220,14 +221,16 @@ def run_generate(options: argparse.Namespace) -> int:
     with client.connect(options.bootstrap, timeout_s=CONNECT_TIMEOUT_S, swarm_key=options.swarm_key) as swarm:
         # Ask for the model's nodes before the slow import: what is missing should be said at once.
         swarm.models()
-        model = swarm.model(
-            options.model,
-            allow=options.allow,
-            block=options.block,
-            pins=pins,
-            mixed_numerics=options.mixed_numerics,
-            local_blocks=options.local_blocks,
-        )
+        with console.bars() as bars:
+            model = swarm.model(
+                options.model,
+                allow=options.allow,
+                block=options.block,
+                pins=pins,
+                mixed_numerics=options.mixed_numerics,
+                local_blocks=options.local_blocks,
+                progress=bars.show_file,
+            )
 
         import torch
 

@@ -23,6 +23,8 @@ from client.routing import Wishes, choose_chain, runs_without
 from net import addresses, console, errors
 from net.dht import keys
 from net.dht.service import Dht
+from net.files.models import HASHES_FOLDER, MODELS_FOLDER, FileProgress, PeerModels
+from net.files.remembered import RememberedHashes
 from net.host import Host, open_host
 from net.identity import Identity, PeerId
 from net.modules.finding import FoundModule, ModuleFinder
@@ -114,11 +116,13 @@ class AsyncSwarm:
             nursery: in which sessions live.
             reputation: what is known of nodes; whoever gives it keeps it. By default one that begins empty and is
                 forgotten.
-            home: the folder in which modules are kept; by default the one of the command ``raceme``.
+            home: where models' files and modules that others have given are kept; by default, where the command
+                ``raceme`` does.
         """
         self.host = host
+        self._home = console.data_folder() if home is None else home
         self.module_finder = ModuleFinder(host, dht)
-        self.module_store = ModuleStore((console.data_folder() if home is None else home) / MODULES_FOLDER)
+        self.module_store = ModuleStore(self._home / MODULES_FOLDER)
         self.reputation = Reputation(None, trio.current_time) if reputation is None else reputation
         self._nursery = nursery
         self._nearness = Nearness(host, nursery)
@@ -283,6 +287,32 @@ class AsyncSwarm:
 
         return find
 
+    def peer_models(
+        self, permits: Callable[[NodeAnnouncement], bool], progress: FileProgress | None = None
+    ) -> PeerModels:
+        """What gets models' files from nodes.
+
+        Args:
+            permits: false for nodes that must not be asked.
+            progress: told how far files are.
+        """
+
+        async def find_nodes() -> list[NodeAnnouncement]:
+            return [node for node in await self.nodes(fresh=False) if permits(node)]
+
+        def blame(failure: errors.PeerFailed) -> None:
+            if isinstance(failure, errors.PeerLied) and isinstance(failure.peer_id, PeerId):
+                self.reputation.failed(failure.peer_id, failure.reason)
+
+        return PeerModels(
+            self.host,
+            find_nodes,
+            self._home / MODELS_FOLDER,
+            RememberedHashes(self._home / HASHES_FOLDER),
+            progress=progress,
+            on_failure=blame,
+        )
+
     async def model(
         self,
         name: str,
@@ -294,16 +324,20 @@ class AsyncSwarm:
         local_blocks: int = 0,
         tuning: Method | Sequence[Method] | None = None,
         module: str | PathLike[str] | None = None,
+        progress: FileProgress | None = None,
     ) -> DistributedBloomForCausalLM:
         """A model of the swarm. Its methods block: call them with ``trio.to_thread.run_sync``.
 
         Args:
-            name: as served, or the path of a checkpoint's folder, with a / in it (needed when the model does not ship
-                and is not on the Hugging Face hub: the client holds embeddings and head itself).
+            name: as served; or the path of a checkpoint's folder, with a / in it. The client holds embeddings and head
+                itself: if they are not on this machine, nodes that serve the model give their files, which are kept.
+                ``NAME@DIGEST`` takes the model, or the files, whose digest begins so, and no others.
             allow, block, pins, mixed_numerics, local_blocks, tuning, module: as in ``client.blocking.Swarm.model``.
+            progress: called in the swarm's event loop with (name, bytes that are here, bytes in all) of files that are
+                fetched.
 
         Raises:
-            UnknownModel: nobody serves it, under this name or with these files.
+            UnknownModel: nobody serves it, under this name or with these files, or nobody gives its files.
             TypeError, InvalidInput: options that cannot be, and what to do.
         """
         from client.models.bloom import load
@@ -319,6 +353,7 @@ class AsyncSwarm:
             local_blocks=local_blocks,
             tuning=tuning,
             module=module,
+            progress=progress,
         )
         model = await trio.to_thread.run_sync(chosen, name, served, self, Portal(self._token))
         self._nursery.start_soon(self._reach_out, model.served.nodes, model.wishes)
@@ -369,7 +404,8 @@ async def open_swarm(
     _check_timeout(timeout_s)
     peers = [addresses.parse_peer(text) for text in texts]
     key = None if swarm_key is None else SwarmKey.load(Path(swarm_key))
-    kept_at = _reputation_path(home, remember)
+    folder = _home_folder(home)
+    kept_at = folder / REPUTATION_FILE if _read_truth("remember", remember) else None
     reputation = await trio.to_thread.run_sync(Reputation, kept_at)  # reads it
     async with open_host(Identity.generate(), swarm_key=key) as host, open_service_nursery() as nursery:
         dht = Dht(host, server=False)
@@ -380,7 +416,7 @@ async def open_swarm(
         await nursery.start(dht.run)
         await nursery.start(partial(run_presence, host, dht, bootstrap=peers, is_server=False))
         await nursery.start(reputation.run)
-        yield AsyncSwarm(host, dht, nursery, reputation, home=None if home is None else Path(home))
+        yield AsyncSwarm(host, dht, nursery, reputation, home=folder)
         nursery.cancel_scope.cancel()
 
 
@@ -402,17 +438,22 @@ def _spelled(bootstrap: object) -> list[str]:
     return found
 
 
-def _reputation_path(home: object, remember: object) -> Path | None:
+def _home_folder(home: object) -> Path:
     """Raises:
-    TypeError: no path, or no truth value.
+    TypeError: no path.
     """
     if not isinstance(home, str | PathLike | None):
         raise TypeError(f"home is the path of a folder, not {type(home).__name__}")
-    if not isinstance(remember, bool):
-        raise TypeError(f"remember is True or False, not {type(remember).__name__}")
-    if not remember:
-        return None
-    return (console.data_folder() if home is None else Path(home)) / REPUTATION_FILE
+    return console.data_folder() if home is None else Path(home)
+
+
+def _read_truth(name: str, value: object) -> bool:
+    """Raises:
+    TypeError: no truth value.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is True or False, not {type(value).__name__}")
+    return value
 
 
 def _check_timeout(timeout_s: object) -> None:

@@ -40,14 +40,21 @@ from compute.linear import backend
 from compute.linear.kept import KeptWeights
 from compute.memory import free_bytes
 from compute.shards import Shard, open_shard
-from compute.sources import FolderSource, HubSource, Source
+from compute.sources import FolderSource, HubSource, PeerSource, Source
 from compute.tensors import tensor_bytes
+from net.files.pieces import FileId
 
 MAX_JSON_BYTES: Final = 64 << 20  # BLOOM-176B's index is 60 KB; a file far larger is not an index
 FINITE_CHECK_ELEMENTS: Final = 1 << 24  # isfinite makes a mask; in pieces it takes 16 MiB at most
 
 _BLOCK_NAME: Final = re.compile(r"^(?:transformer\.)?h\.(\d+)\.(.+)$")
 _PLAIN_NAME: Final = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,254}$")
+OPTIONAL_FILES: Final = (  # beside config.json and the weights
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 _LAYOUTS: Final = (  # index first: where a repository has both, shards mean less to download
     ("model.safetensors.index.json", "model.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
@@ -134,6 +141,31 @@ class Checkpoint:
         content = {"config": dataclasses.asdict(self.config), "tensors": tensors}
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+    def files_at_hand(self) -> dict[str, Path] | None:
+        """Every file that it is made of, by name, if all of them are here, and weights are safetensors; else None.
+
+        Raises:
+            CheckpointError: See the class.
+        """
+        weights = {file for _, file in self._tensors.values()}
+        if not self._source.is_local or not all(file.endswith(".safetensors") for file in weights):
+            return None
+        index = _LAYOUTS[0][0]
+        needed = {"config.json", *weights}
+        found = {name: self.find_file(name) for name in (*sorted(needed), index, *OPTIONAL_FILES)}
+        if any(found[name] is None for name in needed):
+            return None
+        return {name: path for name, path in found.items() if path is not None}
+
+    def files_for_clients(self) -> list[str]:
+        """Names of what clients need beside config and index, where there are such files: all but blocks.
+
+        Raises:
+            CheckpointError: See the class.
+        """
+        weights = {file for name, (_, file) in self._tensors.items() if not name.startswith("h.")}
+        return [*OPTIONAL_FILES, *sorted(weights)]
 
     def block_digest(self, index: int) -> str:
         """The digest of one block's weights as stored; reads the block.
@@ -496,6 +528,19 @@ class HubCheckpoint(Checkpoint):
     def __init__(self, repository: str, revision: str | None = None) -> None:
         """Name a repository, ``owner/model``, and if wanted a branch, tag or commit."""
         super().__init__(HubSource(repository, revision), repository.rsplit("/", 1)[-1])
+
+
+class PeerCheckpoint(Checkpoint):
+    """A checkpoint whose files peers hold.
+
+    Attributes:
+        manifest: By which they are known.
+    """
+
+    def __init__(self, source: PeerSource, name: str, manifest: FileId) -> None:
+        """Take files from ``source``."""
+        super().__init__(source, name)
+        self.manifest = manifest
 
 
 def _as_devices(device: Device | Sequence[Device]) -> tuple[torch.device, ...]:

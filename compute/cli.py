@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 import signal
-import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -21,6 +20,10 @@ if TYPE_CHECKING:
     from compute.checkpoint import Checkpoint
     from compute.metrics import Metrics
     from compute.node import Node
+    from net.dht.service import Dht
+    from net.files.models import PeerModels
+    from net.files.remembered import RememberedHashes
+    from net.files.server import FileServer
     from net.host import Host
     from net.protocol.announcement import NodeAnnouncement
 
@@ -39,9 +42,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "serve",
         help="serve blocks of a model",
         description="Serve blocks of a model to the swarm. MODEL is the name of a model that ships (bloom-tiny), the "
-        "path of a folder with a Hugging Face checkpoint, or a name on the Hugging Face hub (owner/model). A path has "
-        "a / in it: ./bloom-tiny is a folder, bloom-tiny is always the model that ships. Only the files that hold the "
-        "served blocks are read. Ctrl-C withdraws the announcement and ends it.",
+        "path of a folder with a Hugging Face checkpoint, a name on the Hugging Face hub (owner/model), or the name of "
+        "a model that the swarm serves, whose files then come from its nodes (NAME@DIGEST for these files and no "
+        "others). A path has a / in it: ./bloom-tiny is a folder, bloom-tiny is always the model that ships. Only the "
+        "files that hold the served blocks are read. Ctrl-C withdraws the announcement and ends it.",
     )
     serve.add_argument("model", metavar="MODEL")
     console.add_bootstrap(serve)
@@ -146,20 +150,25 @@ def run_serve(options: argparse.Namespace) -> int:
     from compute.engine import EngineSettings
     from compute.linear.kept import KeptWeights
     from compute.metrics import Metrics
-    from compute.models import find_checkpoint
     from compute.node import Node
     from compute.node_settings import NodeSettings
     from compute.pausing import pause_on_signal, pause_when_busy
+    from compute.peer_models import keep_for_clients, share
     from net.dht.service import Dht
+    from net.files.models import HASHES_FOLDER
+    from net.files.remembered import RememberedHashes
     from net.files.server import FileServer
     from net.nurseries import open_service_nursery
 
-    console.tell_warnings("compute.node")
+    for logger in ("compute.node", "compute.peer_models"):
+        console.tell_warnings(logger)
     bootstrap = console.bootstrap_addresses(options)
     listen = console.listen_addresses(options)
-    checkpoint = find_checkpoint(options.model)
-    _check_servable(checkpoint, options.blocks)
     folder = console.data_folder()
+    remembered = RememberedHashes(folder / HASHES_FOLDER)
+    here = _find_here(options.model, remembered)
+    if here is not None:
+        _check_servable(here, options.blocks)
     devices = _devices(options.device)
     if options.pause_when_gpu_busy and devices[0].type != "cuda":
         raise console.UserError("--pause-when-gpu-busy: the node uses no GPU; leave it out")
@@ -190,9 +199,16 @@ def run_serve(options: argparse.Namespace) -> int:
             files = FileServer(host)
             if options.pin:
                 pinning.start_pins(options, host, dht, files, nursery)
-            node = Node(host, dht, checkpoint, settings, metrics)
-            await nursery.start(pause_on_signal, node)
-            offer = await _start(nursery, node, checkpoint.name)
+            with console.bars() as bars:
+                checkpoint = here
+                if checkpoint is None:
+                    models = _peer_models(host, dht, files, remembered, bars)
+                    checkpoint = await _find_at_peers(options.model, models)
+                    _check_servable(checkpoint, options.blocks)
+                node = Node(host, dht, checkpoint, settings, metrics, partial(share, checkpoint, files, remembered))
+                await nursery.start(pause_on_signal, node)
+                offer = await _start(nursery, node, checkpoint.name, bars)
+            nursery.start_soon(keep_for_clients, checkpoint)
             if options.pause_when_gpu_busy:
                 nursery.start_soon(pause_when_busy, node, _gpu_uses(settings.devices))
             _tell(offer, [str(address) for address in host.peer_addresses], as_json=options.json)
@@ -201,6 +217,65 @@ def run_serve(options: argparse.Namespace) -> int:
     key = console.swarm_key(options)
     console.run_host(serve, identity, listen=listen, until_eof=options.until_eof, swarm_key=key)
     return 0
+
+
+def _find_here(model: str, remembered: RememberedHashes) -> Checkpoint | None:
+    """The checkpoint that MODEL names, or ``None`` if that is to be had from peers.
+
+    Raises:
+        CheckpointError: neither can be.
+    """
+    from compute.errors import ModelNotFound
+    from compute.models import find_checkpoint
+    from compute.peer_models import fits_pin
+    from net.files.models import may_be_served, split_pin
+
+    name, pin = split_pin(model)
+    try:
+        checkpoint = find_checkpoint(name)
+    except ModelNotFound:
+        if not may_be_served(name):
+            raise
+        return None
+    return checkpoint if pin is None or fits_pin(checkpoint, pin, remembered) else None
+
+
+def _peer_models(
+    host: Host, dht: Dht, files: FileServer, remembered: RememberedHashes, bars: console.Bars
+) -> PeerModels:
+    """What gets models' files from the swarm's nodes, and gives them to others."""
+    from net.dht import keys
+    from net.files.models import MODELS_FOLDER, PeerModels
+    from net.protocol.announcement import DIRECTORY, KIND, read_all
+
+    async def find_nodes() -> list[NodeAnnouncement]:
+        return read_all(await dht.find(keys.of_name(DIRECTORY), KIND))
+
+    folder = console.data_folder() / MODELS_FOLDER
+    return PeerModels(host, find_nodes, folder, remembered, server=files, progress=bars.show_file)
+
+
+async def _find_at_peers(model: str, models: PeerModels) -> Checkpoint:
+    """The checkpoint that MODEL names, from peers.
+
+    Raises:
+        CheckpointError: nobody gives it.
+    """
+    from compute.errors import ModelNotFound
+    from compute.models import find_checkpoint
+    from compute.peer_models import find_at_peers_from_trio
+    from net.files.models import split_pin
+
+    name, pin = split_pin(model)
+    try:
+        return await find_at_peers_from_trio(models, name, pin)
+    except ModelNotFound as error:
+        if pin is not None:
+            raise
+        try:
+            return find_checkpoint(name)  # says what else could be meant
+        except ModelNotFound as lack:
+            raise ModelNotFound(f"{lack}; and {error}") from error
 
 
 def _devices(text: str) -> tuple[torch.device, ...]:
@@ -265,26 +340,14 @@ def _check_servable(checkpoint: Checkpoint, blocks: tuple[int, int] | None) -> N
         raise console.UserError(f"--blocks {blocks[0]}:{blocks[1]}: {name} has blocks 0:{checkpoint.n_blocks}")
 
 
-async def _start(nursery: trio.Nursery, node: Node, model: str) -> NodeAnnouncement:
-    """Start the node, with a bar for what it loads where a person can see it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+async def _start(nursery: trio.Nursery, node: Node, model: str, bars: console.Bars) -> NodeAnnouncement:
+    """Start the node, with a bar for what it loads."""
 
-    with Progress(
-        TextColumn(f"loading {model}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("blocks"),
-        console=Console(stderr=True),
-        disable=not console.is_terminal(sys.stderr),
-    ) as progress:
-        task = progress.add_task("load")
+    def show(done: int, total: int) -> None:
+        bars.show(f"loading {model}", done, total, "blocks")
 
-        def show(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-
-        offer: NodeAnnouncement = await nursery.start(partial(node.run, progress=show))
-        return offer
+    offer: NodeAnnouncement = await nursery.start(partial(node.run, progress=show))
+    return offer
 
 
 def _tell(offer: NodeAnnouncement, where: list[str], *, as_json: bool) -> None:

@@ -13,7 +13,7 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import astuple, replace
 from typing import Final
 
@@ -43,6 +43,7 @@ from compute.worth import Worth
 from net.dht import keys
 from net.dht.service import Dht
 from net.errors import NetError, RpcError
+from net.files.pieces import FileId
 from net.host import Host
 from net.identity import PeerId
 from net.mux.base import Stream
@@ -67,8 +68,23 @@ class Node:
     """Serves blocks of one checkpoint on a host that has joined the DHT."""
 
     def __init__(
-        self, host: Host, dht: Dht, checkpoint: Checkpoint, settings: NodeSettings, metrics: Metrics | None = None
+        self,
+        host: Host,
+        dht: Dht,
+        checkpoint: Checkpoint,
+        settings: NodeSettings,
+        metrics: Metrics | None = None,
+        share: Callable[[], Awaitable[FileId | None]] | None = None,
     ) -> None:
+        """Nothing runs yet.
+
+        Args:
+            host, dht: ours.
+            checkpoint: of which blocks are served.
+            settings: how.
+            metrics: get figures.
+            share: serves the checkpoint's files to peers, and gives the manifest by which they are announced, if any.
+        """
         self._host = host
         self._dht = dht
         self._checkpoint = checkpoint
@@ -86,6 +102,8 @@ class Node:
         self._stay_until = -math.inf
         self.opened = trio.Event()
         self._barred: dict[tuple[int, int], float] = {}  # spans that could not be loaded, and until when
+        self._share = share
+        self._files: FileId | None = None
         self.metrics = metrics
         self.announcement: NodeAnnouncement | None = None
 
@@ -152,8 +170,14 @@ class Node:
             nursery.start_soon(self._worth.watch, self._current_engine, self._announce_speed)
             nursery.start_soon(self._neighbours.watch, self._dht.renew)
             nursery.start_soon(self._waiting.watch)
+            nursery.start_soon(self._share_files)
             if self._settings.span is None and self._length < self._checkpoint.n_blocks:
                 nursery.start_soon(self._look_around, nursery)
+
+    async def _share_files(self) -> None:
+        if self._share is not None:
+            self._files = await self._share()
+            await self._announce()
 
     async def _hold(self, scope: trio.CancelScope) -> None:
         """When the node is cancelled, give sessions the time to go elsewhere before what serves them is."""
@@ -510,6 +534,7 @@ class Node:
             offer = replace(offer, cache_tokens_left=stats.cache_max_tokens - stats.cache_used_tokens)
         # Where and how we are reached is found out while we serve, and changes.
         offer = replace(offer, addresses=tuple(self._host.addresses), reachability=self._host.reachability)
+        offer = replace(offer, files=self._files)
         return replace(offer, round_trips=self._neighbours.round_trips, waiting=self._waiting.average).to_body()
 
     def _offer(self, start: int, end: int) -> NodeAnnouncement:

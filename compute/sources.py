@@ -1,13 +1,15 @@
-"""Where a checkpoint's files come from: a folder, or a repository on the Hugging Face hub."""
+"""Where a checkpoint's files come from: a folder, a repository on the Hugging Face hub, or peers."""
 
 from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final, Protocol
 
 from compute.errors import CheckpointError, ModelNotFound
+from net.errors import NetError
 
 HUB_ANSWER_S: Final = 4.0  # a hub that has not answered by then is taken for one that cannot be reached
 _REFUSES_FOR_NOW: Final = frozenset({429, 500, 502, 503, 504})
@@ -162,3 +164,43 @@ class HubSource:
         thread.start()
         thread.join(HUB_ANSWER_S)
         return answers == [True]
+
+
+class PeerSource:
+    """Files that peers hold, each fetched on first need. Not to be asked from an event loop, which would wait for
+    itself.
+    """
+
+    def __init__(self, label: str, names: Collection[str], get: Callable[[str], Path]) -> None:
+        """Name the files that there are.
+
+        Args:
+            label: What people call it.
+            names: Of all files.
+            get: Where one of them lies, fetched first if need be; raises ``NetError`` if it cannot be had.
+        """
+        self._label = label
+        self._names = frozenset(names)
+        self._get = get
+        self._found: dict[str, Path] = {}
+
+    @property
+    def label(self) -> str:
+        """See :class:`Source`."""
+        return self._label
+
+    @property
+    def is_local(self) -> bool:
+        """See :class:`Source`."""
+        return False
+
+    def find(self, name: str) -> Path | None:
+        """See :class:`Source`."""
+        if name in self._found or name not in self._names:
+            return self._found.get(name)
+        try:
+            path = self._get(name)
+        except NetError as exc:
+            raise CheckpointError(f"{self._label}: {exc}; try again later, or get the whole checkpoint") from exc
+        self._found[name] = path
+        return path

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     import trio
+    from rich.progress import Progress, TaskID
 
     from net.addresses import Multiaddr, PeerAddress
     from net.dht.service import Dht
@@ -211,6 +212,43 @@ def describe(error: BaseException) -> str:
 def is_terminal(stream: TextIO | None) -> bool:
     """Whether a person sees it; a stream that was closed from the beginning is None."""
     return stream is not None and stream.isatty()
+
+
+class Bars:
+    """Bars of what is under way. Any thread may show one. Made by :func:`bars`."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+
+    def show(self, what: str, done: int, total: int, unit: str) -> None:
+        """How far it is, in a unit; bytes are shown in megabytes. What is done, and a file, is shown no more."""
+        scale, shown = (1e6, "MB") if unit == "bytes" else (1, unit)
+        text = f"{done / scale:.{scale > 1:d}f}/{total / scale:.{scale > 1:d}f} {shown}"
+        if what not in self._tasks:
+            self._tasks[what] = self._progress.add_task(what, amount=text)
+        is_shown = done < total or unit != "bytes"
+        self._progress.update(self._tasks[what], completed=done, total=total, amount=text, visible=is_shown)
+
+    def show_file(self, name: str, done: int, total: int) -> None:
+        """How much of a file has come."""
+        self.show(f"fetching {name}", done, total, "bytes")
+
+
+@contextmanager
+def bars() -> Iterator[Bars]:
+    """Shown while it lasts, where a person can see them."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[amount]}"),
+        console=Console(stderr=True),
+        disable=not is_terminal(sys.stderr),
+    ) as progress:
+        yield Bars(progress)
 
 
 def _first_leaf(error: BaseException) -> BaseException:

@@ -96,6 +96,10 @@ class PeerFailed(NetError):
         self.reason = reason
 
 
+class PeerLied(PeerFailed):
+    """This peer sent what cannot be what it was asked for."""
+
+
 class RpcError(NetError):
     """The other side understood a call and refused it.
 

@@ -39,16 +39,19 @@ from client.tuning.tuned import Tuned
 from client.tuning.whole import Rows, labels_in_place, last_tokens, run_whole
 from compute.bloom import Embeddings, Head, span_digest
 from compute.checkpoint import Checkpoint
-from compute.errors import CheckpointError
+from compute.errors import ModelNotFound
 from compute.models import find_checkpoint, is_folder
+from compute.peer_models import find_at_peers, fits_pin
+from net.files.models import split_pin
+from net.protocol.announcement import MAX_BLOCKS
 
 if TYPE_CHECKING:
     from os import PathLike
 
     from client.swarm import AsyncSwarm, ServedModel
     from client.tuning.trainer import Trainer
+    from net.files.models import FileProgress, PeerModels
     from net.identity import PeerId
-    from net.modules.finding import Progress
     from net.protocol.announcement import NodeAnnouncement
 
 IGNORED_LABEL = -100
@@ -529,15 +532,14 @@ def load(
     *,
     tuning: object = None,
     module: str | PathLike[str] | None = None,
-    progress: Progress | None = None,
+    progress: FileProgress | None = None,
     **options: Any,
 ) -> DistributedBloomForCausalLM:
     """The model called ``name`` (or whose checkpoint is the folder ``name``), served by ``served``'s nodes.
 
     Args:
-        name, tuning, options: see ``AsyncSwarm.model``.
+        name, tuning, progress, options: see ``AsyncSwarm.model``.
         module: what was trained before: a folder, or what somebody has published.
-        progress: called with bytes of the module that have come, and of all.
         served: models.
         swarm, portal: through which it is used.
 
@@ -545,7 +547,11 @@ def load(
         UnknownModel, TypeError, InvalidInput: see ``AsyncSwarm.model``.
         CheckpointError: its files are damaged.
     """
-    checkpoint = _local_files(name, served)
+    if not isinstance(name, str):
+        raise TypeError(f"a model's name, or its folder's path, is a str, not {type(name).__name__}")
+    peers = Choices.read(MAX_BLOCKS, allow=options.get("allow"), block=options.get("block", ())).to_wishes()
+    models = swarm.peer_models(lambda node: peers.permits_peer(node.peer_id), progress)
+    checkpoint = _find_files(name, served, models, portal)
     wanted = (checkpoint.digest, checkpoint.n_blocks)
     match = next((model for model in served if (model.digest, model.n_blocks) == wanted), None)
     if match is None:
@@ -575,7 +581,8 @@ def load(
             peft_files.read_weights(found, folder)
             taken.append(found)
 
-        obtained = portal.call(partial(obtain, swarm, module, checkpoint.digest, check=take, progress=progress))
+        tell = None if progress is None else partial(progress, str(module))
+        obtained = portal.call(partial(obtain, swarm, module, checkpoint.digest, check=take, progress=tell))
         tuned, parent = taken[-1], None if obtained.manifest is None else obtained.manifest.hash
     if tuned is not None:
         head_config(config, tuned)
@@ -627,20 +634,25 @@ def _weights_check(digests: Sequence[str] | None) -> Callable[[NodeAnnouncement]
     return lambda node: node.weights == span_digest(digests[node.start : node.end])
 
 
-def _local_files(name: str, served: Sequence[ServedModel]) -> Checkpoint:
-    if not isinstance(name, str):
-        raise TypeError(f"a model's name, or its folder's path, is a str, not {type(name).__name__}")
-    is_known = any(model.name == name for model in served)
+def _find_files(name: str, served: Sequence[ServedModel], models: PeerModels, portal: Portal) -> Checkpoint:
+    """From here, if they are, and else from peers."""
+    plain, pin = split_pin(name)
+    is_known = any(model.name == plain for model in served)
     if not is_known and not Path(name).is_dir() and ("/" not in name or name.startswith((".", "/"))):
-        raise UnknownModel(f"nobody serves {name}; {_spell(served)}")
+        raise UnknownModel(f"nobody serves {plain}; {_spell(served)}")
     try:
-        return find_checkpoint(name)
-    except CheckpointError as error:
+        checkpoint = find_checkpoint(plain)
+        if pin is None or fits_pin(checkpoint, pin, models.remembered):
+            return checkpoint
+    except ModelNotFound:
         if is_folder(name) or not is_known:
             raise
+    try:
+        return find_at_peers(models, plain, pin, portal.call)
+    except ModelNotFound as error:
         raise UnknownModel(
-            f"{name} is served, but its files are not on this machine (the client holds embeddings and head): "
-            f"name the folder of its checkpoint instead, with a / in its path, as ./{name}"
+            f"{plain} is served, but its files are not on this machine (the client holds embeddings and head), and "
+            f"{error}: name the folder of its checkpoint instead, with a / in its path, as ./{plain}"
         ) from error
 
 
@@ -656,4 +668,4 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Any:
         return None
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         checkpoint.find_file(name)  # fetched beside it, where files are fetched
-    return AutoTokenizer.from_pretrained(path.parent)
+    return AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False)

@@ -2,8 +2,8 @@
 
 Each holder is asked over a few lanes, one at first, and more when it turns out to be quick. A holder that sends what is
 not the file's is dropped at once; one that breaks off or falls silent is asked again as long as it has given something
-since the last time. Whatever goes wrong with a holder is a ``PeerFailed``; whatever goes wrong here, a
-``StorageError``.
+since the last time. Whatever goes wrong with a holder is a ``PeerFailed`` (a ``PeerLied``, where it must have known);
+whatever goes wrong here, a ``StorageError``.
 """
 
 from __future__ import annotations
@@ -195,8 +195,8 @@ class _Source:
     lanes: int = 0
 
 
-class _Dropped(errors.PeerFailed):
-    """A holder that is not asked again."""
+class _Refused(errors.PeerFailed):
+    """A holder that will not send it."""
 
 
 class _Getting:
@@ -219,7 +219,7 @@ class _Getting:
         self._progress = progress
         self._on_failure = on_failure
         self._settings = settings
-        self._failures: dict[PeerId, errors.PeerFailed] = {}
+        self._failures: dict[object, errors.PeerFailed] = {}
         self._refused: errors.StorageError | None = None  # by our disk
         self._changed = trio.lowlevel.ParkingLot()  # whoever waits for a piece to ask for
         self.surveyed = False
@@ -269,11 +269,10 @@ class _Getting:
                 nursery.start_soon(use_one_after_another)
 
     def _drop(self, error: errors.PeerFailed) -> None:
-        failure = errors.PeerFailed(error.peer_id, error.reason)
-        self._failures[failure.peer_id] = failure
-        logger.info("%s: not from %s", self._name, failure)
+        self._failures[error.peer_id] = error
+        logger.info("%s: not from %s", self._name, error)
         if self._on_failure is not None:
-            self._on_failure(failure)
+            self._on_failure(error)
 
     def _failed(self) -> errors.FetchFailed:
         kept = "; what has come is kept for the next try" if self.done_bytes else ""
@@ -310,7 +309,7 @@ class _Getting:
         try:
             return Hashes(self._file, bytes(joined))
         except ValueError as error:
-            raise _Dropped(source.peer_id, f"sent {error}") from error
+            raise errors.PeerLied(source.peer_id, f"sent {error}") from error
 
     # The pieces
 
@@ -325,7 +324,7 @@ class _Getting:
             given = source.given
             try:
                 return await self._use_lanes(source, hashes, wanted)
-            except _Dropped:
+            except (_Refused, errors.PeerLied):
                 raise
             except errors.PeerFailed:
                 if source.given == given:
@@ -372,7 +371,7 @@ class _Getting:
         fields = {**wire.fields_of(self._file), "index": index}
         data = await self._call(lane, source, "piece", fields, size, self._settings.piece_s)
         if not await trio.to_thread.run_sync(self._place.put, hashes, index, data):
-            raise _Dropped(source.peer_id, f"sent wrong bytes for piece {index}")
+            raise errors.PeerLied(source.peer_id, f"sent wrong bytes for piece {index}")
         source.given += 1
         if wanted.finish(index):
             self.done_bytes += size
@@ -391,7 +390,7 @@ class _Getting:
             try:
                 stream = await self._host.open_stream(source.peer_id, [wire.PROTOCOL_ID], source.addresses)
             except errors.ProtocolNotSupported as error:
-                raise _Dropped(source.peer_id, "does not serve files") from error
+                raise _Refused(source.peer_id, "does not serve files") from error
             except errors.PeerFailed:
                 raise
             except errors.NetError as error:
@@ -412,11 +411,11 @@ class _Getting:
             try:
                 return wire.bytes_of(await lane.call(method, fields, timeout_s=timeout_s), size)
             except errors.RemoteProtocolError as error:
-                raise _Dropped(source.peer_id, f"sent {error}") from error
+                raise errors.PeerLied(source.peer_id, f"sent {error}") from error
             except errors.RpcError as error:
                 if error.code == wire.NO_FILE:
-                    raise _Dropped(source.peer_id, "does not have it") from error
+                    raise _Refused(source.peer_id, "does not have it") from error
                 pause_s = max(0.1, error.retry_after_s or 1.0)
                 if error.code != wire.BUSY or trio.current_time() + pause_s > busy_until:
-                    raise _Dropped(source.peer_id, error.message) from error
+                    raise _Refused(source.peer_id, error.message) from error
             await trio.sleep(pause_s)

@@ -59,7 +59,8 @@ class Part:
     def find_whole(self, size: int) -> Hashes | None:
         """The hashes of the target, if there is one of that size."""
         try:
-            if not self._target.is_file() or self._target.stat().st_size != size:
+            status = self._target.lstat()
+            if not stat.S_ISREG(status.st_mode) or status.st_size != size:
                 return None
             return hash_file(self._target)
         except OSError:

@@ -15,6 +15,7 @@ body = {
     "round_trips": {bytes: float}?      to nodes before and behind it in chains, by PeerId, in seconds; at most 32
     "codecs": [str...]?                 which the node can undo; none if missing
     "waiting": float?                   steps that wait or run there, on average over the last half minute; 0 if missing
+    "files": [bytes, int]?              root and size of the manifest of the model's files: it serves some or all
 }
 """
 
@@ -30,6 +31,7 @@ from typing import Any
 from net.addresses import Multiaddr
 from net.dht import wire
 from net.errors import RecordError, RemoteProtocolError
+from net.files.pieces import FileId
 from net.identity import PeerId
 from net.records import Record
 from net.rpc import packing
@@ -73,6 +75,7 @@ class NodeAnnouncement:
         round_trips: to other nodes, in seconds; the first ``MAX_ROUND_TRIPS`` are announced.
         waiting: steps that wait or run, on average.
         codecs: for hidden states that it is sent.
+        files: the manifest of the model's files, if it serves them.
     """
 
     peer_id: PeerId
@@ -94,6 +97,7 @@ class NodeAnnouncement:
     round_trips: Mapping[PeerId, float] = field(default_factory=dict, hash=False)
     waiting: float = 0.0
     codecs: tuple[str, ...] = ()
+    files: FileId | None = None
 
     def to_body(self) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -121,6 +125,8 @@ class NodeAnnouncement:
             body["waiting"] = self.waiting
         if self.codecs:
             body["codecs"] = list(self.codecs)
+        if self.files is not None:
+            body["files"] = [self.files.root, self.files.size]
         return body
 
     @classmethod
@@ -160,6 +166,7 @@ class NodeAnnouncement:
             round_trips=_round_trips(body) if "round_trips" in body else {},
             waiting=packing.number({"waiting": 0.0, **body}, "waiting", 0.0, MAX_WAITING),
             codecs=read_codecs(body),
+            files=_files(body) if "files" in body else None,
         )
 
 
@@ -187,6 +194,13 @@ def _next(body: Mapping[str, Any], blocks: int) -> tuple[int, int]:
         raise RemoteProtocolError("'next' is not [start, end]")
     end = packing.integer({"next": span[1]}, "next", 1, blocks)
     return packing.integer({"next": span[0]}, "next", 0, end - 1), end
+
+
+def _files(body: Mapping[str, Any]) -> FileId:
+    pair = packing.field(body, "files", list, max_length=2)
+    if len(pair) != 2:
+        raise RemoteProtocolError("'files' is not [root, size]")
+    return FileId.read(*pair)
 
 
 def _matching(body: Mapping[str, Any], name: str, pattern: re.Pattern[str], max_length: int) -> str:

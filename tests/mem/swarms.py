@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,12 +18,17 @@ from compute.checkpoint import Checkpoint
 from compute.engine import EngineSettings
 from compute.node import Node
 from compute.node_settings import NodeSettings
+from compute.peer_models import find_at_peers_from_trio, keep_for_clients, share
 from net.addresses import PeerAddress, parse
+from net.dht import keys
 from net.dht.service import Dht
+from net.files.models import HASHES_FOLDER, MODELS_FOLDER, PeerModels, split_pin
+from net.files.remembered import RememberedHashes
+from net.files.server import FileServer
 from net.host import Host, open_host
 from net.identity import Identity, PeerId
 from net.nurseries import open_service_nursery
-from net.protocol.announcement import NodeAnnouncement
+from net.protocol.announcement import DIRECTORY, KIND, NodeAnnouncement, read_all
 from net.transports.memory import MemoryNetwork
 
 T = TypeVar("T")
@@ -97,15 +103,23 @@ class TestSwarm:
 
     async def add_node(
         self,
-        checkpoint: Checkpoint | Path,
+        checkpoint: Checkpoint | Path | str,
         span: Span | None = None,
         *,
         identity: Identity | None = None,
         max_blocks: int | None = None,
         engine: EngineSettings = ENGINE,
+        home: Path | None = None,
         **settings: Any,
     ) -> RunningNode:
-        """Start a node and wait until it serves."""
+        """Start a node and wait until it serves.
+
+        Args:
+            checkpoint: of which it serves blocks; a name for one whose files peers give.
+            span, max_blocks, engine, settings: see ``NodeSettings``.
+            identity: who it is.
+            home: where it keeps things; with one, it gives files to others.
+        """
         if isinstance(checkpoint, Path):
             checkpoint = Checkpoint.open(checkpoint)
         settings = {"resume_s": 0.2, "leave_s": 0.0, "measure_line": False, **settings}
@@ -116,6 +130,7 @@ class TestSwarm:
             checkpoint,
             NodeSettings(span=span, max_blocks=max_blocks, engine=engine, **settings),
             identity or Identity.generate(),
+            home,
         )
         self.nodes.append(node)
         return node
@@ -165,9 +180,10 @@ async def until(condition: Callable[[], bool], *, timeout_s: float = 5.0) -> Non
 async def _run_node(
     network: MemoryNetwork,
     bootstrap: PeerAddress,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | str,
     settings: NodeSettings,
     identity: Identity,
+    home: Path | None,
     *,
     task_status: trio.TaskStatus[RunningNode],
 ) -> None:
@@ -179,7 +195,17 @@ async def _run_node(
                 await dht.join([bootstrap])
                 async with trio.open_nursery() as nursery:
                     await nursery.start(dht.run)
-                    node = Node(host, dht, checkpoint, settings)
+                    sharing = None
+                    if home is not None:
+                        remembered, server = RememberedHashes(home / HASHES_FOLDER), FileServer(host)
+                        if isinstance(checkpoint, str):
+                            models = PeerModels(
+                                host, partial(_find_nodes, dht), home / MODELS_FOLDER, remembered, server=server
+                            )
+                            checkpoint = await find_at_peers_from_trio(models, *split_pin(checkpoint))
+                        sharing = partial(share, checkpoint, server, remembered)
+                    assert isinstance(checkpoint, Checkpoint)
+                    node = Node(host, dht, checkpoint, settings, share=sharing)
                     running = RunningNode(
                         node=node,
                         dht=dht,
@@ -190,6 +216,7 @@ async def _run_node(
                         _served=served,
                         _ended=ended,
                     )
+                    nursery.start_soon(keep_for_clients, checkpoint)
                     task_status.started(running)
                 served.set()
     finally:
@@ -197,9 +224,18 @@ async def _run_node(
         ended.set()
 
 
+async def _find_nodes(dht: Dht) -> list[NodeAnnouncement]:
+    return read_all(await dht.find(keys.of_name(DIRECTORY), KIND))
+
+
 @asynccontextmanager
-async def swarm_of(folder: Path | None = None, spans: Sequence[Span] = ()) -> AsyncIterator[TestSwarm]:
-    """A relay, a client, and a node of the checkpoint in ``folder`` for each of ``spans``."""
+async def swarm_of(
+    folder: Path | None = None, spans: Sequence[Span] = (), *, home: Path | None = None
+) -> AsyncIterator[TestSwarm]:
+    """A relay, a client, and a node of the checkpoint in ``folder`` for each of ``spans``.
+
+    With ``home``, the client keeps things there, in ``client``, and nodes give files to others.
+    """
     torch.set_num_threads(1)
     network = MemoryNetwork()
     async with (
@@ -216,12 +252,15 @@ async def swarm_of(folder: Path | None = None, spans: Sequence[Span] = ()) -> As
             bootstrap = relay.peer_addresses[0]
             await dht.join([bootstrap])
             swarm = TestSwarm(
-                client=AsyncSwarm(host, dht, sessions), network=network, bootstrap=bootstrap, nursery=nursery
+                client=AsyncSwarm(host, dht, sessions, home=None if home is None else home / "client"),
+                network=network,
+                bootstrap=bootstrap,
+                nursery=nursery,
             )
             checkpoint = None if folder is None else Checkpoint.open(folder)
-            for span in spans:
+            for number, span in enumerate(spans):
                 assert checkpoint is not None
-                await swarm.add_node(checkpoint, span)
+                await swarm.add_node(checkpoint, span, home=None if home is None else home / f"node-{number}")
             yield swarm
             sessions.cancel_scope.cancel()
         nursery.cancel_scope.cancel()

@@ -69,6 +69,7 @@ async def test_the_loss_curve_is_that_of_one_machine(
         found = await blocking(lambda: train(model, parts, settings, tmp_path / "swarm"))
     torch.manual_seed(0)
     local = LocalTuned(**how)
+    assert model.tuned is not None
     assert local.tuned.state_dict().keys() == model.tuned.state_dict().keys()
     expected = await blocking(lambda: train(local, parts, settings, tmp_path / "local"))
     assert losses(tmp_path / "swarm") == pytest.approx(losses(tmp_path / "local"), rel=1e-5)

@@ -526,7 +526,6 @@ def test_models_that_cannot_be_had(
     assert re.fullmatch(
         "nobody serves no-such; served are: bloom-tiny, .*some-bloom", failing(*generate(relay, "no-such"))
     )
-    assert "files are not on this machine" in failing(*generate(relay, "some-bloom"))
     line = failing(*generate(relay, str(some_bloom)))
     assert line.startswith("nobody serves blocks 0:1, 3:5 of some-bloom; start a node with: raceme serve some-bloom")
     assert "no model 'no-such'; give one of the shipped models (bloom-tiny)" in failing(*serve(relay, "no-such"))

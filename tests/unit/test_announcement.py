@@ -14,6 +14,7 @@ from net import records
 from net.addresses import parse
 from net.dht.wire import MAX_ADDRESSES
 from net.errors import RecordError, RemoteProtocolError
+from net.files.pieces import MAX_FILE_BYTES, FileId
 from net.identity import Identity, PeerId
 from net.protocol.announcement import (
     KIND,
@@ -45,19 +46,20 @@ def own(offer: NodeAnnouncement, **changes: Any) -> NodeAnnouncement:
     st.dictionaries(st.binary(min_size=1, max_size=64).map(PeerId), st.floats(0, MAX_ROUND_TRIP_S), max_size=32),
     st.floats(0, MAX_WAITING),
     st.lists(st.text(max_size=MAX_CODEC_CHARACTERS), max_size=MAX_CODECS).map(tuple),
+    st.none() | st.builds(FileId, st.binary(min_size=32, max_size=32), st.integers(0, MAX_FILE_BYTES)),
 )
 def test_they_are_read_as_they_were_announced(
-    round_trips: dict[PeerId, float], waiting: float, codecs: tuple[str, ...]
+    round_trips: dict[PeerId, float], waiting: float, codecs: tuple[str, ...], files: FileId | None
 ) -> None:
-    offer = own(node(1, 0, 4), round_trips=round_trips, waiting=waiting, codecs=codecs)
+    offer = own(node(1, 0, 4), round_trips=round_trips, waiting=waiting, codecs=codecs, files=files)
     assert announced(offer) == offer
 
 
 def test_those_who_say_nothing_of_it_are_understood() -> None:
     body = node(1, 0, 4).to_body()
-    assert "round_trips" not in body and "waiting" not in body and "codecs" not in body
+    assert not {"round_trips", "waiting", "codecs", "files"} & body.keys()
     offer = NodeAnnouncement._parse(peer(1), body)
-    assert (offer.round_trips, offer.waiting, offer.codecs) == ({}, 0.0, ())
+    assert (offer.round_trips, offer.waiting, offer.codecs, offer.files) == ({}, 0.0, (), None)
     assert hash(offer) == hash(replace(offer, round_trips={peer(2): 0.1}))
     assert offer != replace(offer, round_trips={peer(2): 0.1})
 
@@ -72,6 +74,7 @@ def test_the_largest_is_small() -> None:
     far = {PeerId(bytes([0, 36, 8, 1, 18, 32, *[number] * 32])): 1 / 3 for number in range(MAX_ROUND_TRIPS)}
     relay = f"/ip6/2001:db8::1/udp/65535/quic-v1/p2p/{peer(3)}/p2p-circuit"
     offer = own(node(1, 0, 4), round_trips=far, waiting=1 / 3, addresses=(parse(relay),) * MAX_ADDRESSES, next=(0, 8))
+    offer = replace(offer, files=FileId(bytes(32), MAX_FILE_BYTES))
     record = records.sign(OWN, KIND, offer.to_body(), key=KEY, ttl_s=120)
     assert len(record.envelope) < MAX_REMEMBERED_BYTES
 
@@ -94,6 +97,15 @@ def test_the_largest_is_small() -> None:
         {"round_trips": {b"a": True}},
         {"round_trips": {b"a": None}},
         {"round_trips": {bytes([number]): 0.1 for number in range(MAX_ROUND_TRIPS + 1)}},
+        {"files": None},
+        {"files": []},
+        {"files": [bytes(32)]},
+        {"files": [bytes(31), 1]},
+        {"files": ["0" * 32, 1]},
+        {"files": [bytes(32), -1]},
+        {"files": [bytes(32), True]},
+        {"files": [bytes(32), MAX_FILE_BYTES + 1]},
+        {"files": [bytes(32), 1, 1]},
         {"waiting": -1.0},
         {"waiting": MAX_WAITING + 1},
         {"waiting": math.inf},
