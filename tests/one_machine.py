@@ -22,8 +22,14 @@ def shake(tuned: nn.Module) -> None:
 
 
 @contextmanager
-def by_hand(model: Any, tuned: Tuned) -> Iterator[None]:
-    """What is trained inside of blocks, hooked into a model of transformers': its own autograd does the rest."""
+def by_hand(model: Any, tuned: Tuned, *, once: bool = False) -> Iterator[None]:
+    """What is trained inside of blocks, hooked into a model of transformers': its own autograd does the rest.
+
+    Args:
+        model: Without any of it.
+        tuned: What to add.
+        once: Deep prompts are for the first step alone: what comes after it goes on from a cache.
+    """
     with ExitStack() as hooks:
         for number, block in enumerate(model.transformer.h):
             if tuned.form.prompts:
@@ -31,6 +37,8 @@ def by_hand(model: Any, tuned: Tuned) -> Iterator[None]:
                 def add(_: Any, args: tuple[Tensor, ...], number: int = number) -> tuple[Tensor, ...]:
                     p = tuned.form.prompts
                     hidden = args[0]
+                    if once and hidden.shape[1] == 1:
+                        return args
                     return (torch.cat([hidden[:, :p] + tuned.deep_prompts[number], hidden[:, p:]], dim=1), *args[1:])
 
                 hooks.callback(block.register_forward_pre_hook(add).remove)
@@ -83,3 +91,23 @@ def local_loss(tuned: Tuned, ids: Tensor, mask: Tensor, labels: Tensor) -> Tenso
             losses.append(nn.functional.cross_entropy(logits, own, reduction="sum"))
             counts.append(len(own))
     return torch.stack(losses).sum() / sum(counts)
+
+
+def generate_locally(tuned: Tuned, ids: Tensor, *, seed: int | None = None, **options: Any) -> list[list[int]]:
+    """What transformers' own model generates with a soft prompt before one text.
+
+    Shapes:
+        ids: [1, t]
+    """
+    model = make_model()
+    if seed is not None:
+        torch.manual_seed(seed)
+    with torch.no_grad(), by_hand(model, tuned, once=True):
+        words = model.transformer.word_embeddings(ids)  # [1, t, d]
+        if not tuned.prompt_tokens:
+            rows: list[list[int]] = model.generate(ids, attention_mask=torch.ones_like(ids), **options).tolist()
+            return rows
+        words = torch.cat([tuned.prompt_embeddings[None], words], dim=1)  # [1, p + t, d]
+        mask = torch.ones(1, words.shape[1], dtype=torch.int64)
+        new: list[list[int]] = model.generate(inputs_embeds=words, attention_mask=mask, **options).tolist()
+    return [[*ids[0].tolist(), *row] for row in new]

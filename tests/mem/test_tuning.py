@@ -29,7 +29,7 @@ from client.tuning import (
 from client.tuning.tuned import Tuned
 from tests.checkpoints import make_checkpoint, make_model
 from tests.mem.swarms import Span, blocking, generate, swarm_of
-from tests.one_machine import local_loss, shake
+from tests.one_machine import generate_locally, local_loss, shake
 
 CHAINS: dict[str, list[Span]] = {
     "one-node": [(0, 5)],
@@ -291,3 +291,68 @@ async def test_two_that_train_and_one_that_generates_get_what_each_gets_alone(fo
                 for number, user in enumerate(await users(clients)):
                     nursery.start_soon(run, number, user)
     assert [together[number] for number in range(3)] == alone
+
+
+GENERATED: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False, "max_new_tokens": 12},
+    "sampled": {"do_sample": True, "max_new_tokens": 12, "seed": 3},
+    "beams": {"do_sample": False, "num_beams": 3, "max_new_tokens": 8},
+    "drafted": {"do_sample": False, "max_new_tokens": 12, "draft": "auto"},
+}
+
+
+@pytest.mark.parametrize("mode", GENERATED)
+@pytest.mark.parametrize("method", ["prompt", "lora", "lora-and-deep-prompt"])
+async def test_tokens_are_those_of_one_machine(folder: Path, method: str, mode: str) -> None:
+    ids = torch.tensor([[40, 41, 90, 17, 200, 33, 12]])
+    options = GENERATED[mode]
+    async with swarm_of(folder, CHAINS["two-nodes"]) as swarm:
+        model = await swarm.client.model(str(folder), tuning=METHODS[method]())
+        assert model.tuned is not None
+        shake(model.tuned)
+        found = await blocking(lambda: generate(model, ids, **options))
+        tuned = model.tuned
+    local = {name: value for name, value in options.items() if name != "draft"}
+    assert found == generate_locally(tuned, ids, **local)
+
+
+async def test_rows_with_padding_go_on_behind_a_soft_prompt(folder: Path) -> None:
+    rows = [[40, 41, 90, 17, 200], [9, 8, 7], [300]]
+    ids = torch.tensor([[3] * (5 - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (5 - len(row)) + [1] * len(row) for row in rows])
+    async with swarm_of(folder, CHAINS["two-nodes"]) as swarm:
+        model = await swarm.client.model(str(folder), tuning=[LoRA(rank=2), PromptTuning(3)])
+        assert model.tuned is not None
+        shake(model.tuned)
+        options = {"max_new_tokens": 9, "do_sample": False}
+        found = await blocking(lambda: generate(model, ids, attention_mask=mask, **options))
+        for text, row in zip(rows, found, strict=True):
+            alone = torch.tensor([text])
+            assert row[5 - len(text) :] == generate_locally(model.tuned, alone, **options)[0]
+
+
+async def test_a_session_has_what_was_trained_when_it_began(folder: Path, tmp_path: Path) -> None:
+    ids = torch.tensor([[40, 41, 90, 17, 200]])
+    async with swarm_of(folder, CHAINS["two-nodes"]) as swarm:
+        model = await swarm.client.model(str(folder), tuning=[LoRA(rank=2), PromptTuning(3)])
+        assert model.tuned is not None
+        shake(model.tuned)
+
+        def run() -> list[list[list[int]]]:
+            with model.session() as session:
+                first = generate(model, ids, max_new_tokens=4, do_sample=False, session=session)
+                session.save(tmp_path / "session")
+                assert session.position == 8
+                with session.fork() as fork, model.load_session(tmp_path / "session") as loaded:
+                    again = torch.tensor(first)
+                    return [
+                        generate(model, again, max_new_tokens=4, do_sample=False, session=each)
+                        for each in (session, fork, loaded)
+                    ]
+
+        one, two, three = await blocking(run)
+        assert one == two == three == generate_locally(model.tuned, ids, max_new_tokens=8, do_sample=False)
+        with torch.no_grad():
+            model.tuned.prompt_embeddings.mul_(2)
+        with pytest.raises(InvalidInput, match="other trained parameters"):
+            await blocking(lambda: model.load_session(tmp_path / "session"))
