@@ -100,7 +100,7 @@ class Tunings:
         return kept[key][0]
 
     def put(self, stream: object, key: bytes, tuning: SpanTuning, size: int) -> None:
-        """Keep one, of so many bytes; others may go for it."""
+        """Keep one, of so many bytes; others may go for it, of whichever stream has most."""
         kept = self._kept.setdefault(stream, OrderedDict())
         if key in kept:
             self._bytes[stream] -= kept.pop(key)[1]
@@ -109,7 +109,10 @@ class Tunings:
         while len(kept) > wire.MAX_TUNINGS:
             self._drop_oldest(stream)
         while self._bytes.total() > self._max_bytes:
-            self._drop_oldest(self._bytes.most_common(1)[0][0])
+            others = [each for each in self._kept if each is not stream or len(kept) > 1]
+            if not others:
+                break
+            self._drop_oldest(max(others, key=self._bytes.__getitem__))
 
     def forget(self, stream: object) -> None:
         """The stream is over."""
@@ -119,6 +122,8 @@ class Tunings:
     def _drop_oldest(self, stream: object) -> None:
         _, (_, size) = self._kept[stream].popitem(last=False)
         self._bytes[stream] -= size
+        if not self._kept[stream]:
+            self.forget(stream)
 
 
 class Training:
