@@ -44,8 +44,9 @@ def connect(
         swarm_key: the file with the key of a private swarm.
         home: the folder in which is kept, in ``reputation.json``, how well each node did; by default the one of the
             command ``raceme``: ``$RACEME_HOME``, or ``raceme`` in the user's data folder. Several programs may use one:
-            the file is replaced as a whole, and the last one that writes it wins.
-        remember: false to read and keep nothing there.
+            the file is replaced as a whole, and the last one that writes it wins. Models' files that came from nodes
+            are kept there, too, in ``models``.
+        remember: false to read and keep nothing of how nodes did.
 
     Raises:
         TypeError: ``bootstrap`` is neither, ``timeout_s`` is no number, ``home`` no path, or ``remember`` no truth

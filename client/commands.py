@@ -343,12 +343,17 @@ def _unreachable(model: ServedModel, peers: Sequence[Peer]) -> list[tuple[int, i
 
 
 def _model_json(model: ServedModel, peers: Sequence[Peer]) -> dict[str, Any]:
+    from net.files.models import offers_of
+
     return {
         "name": model.name,
         "digest": model.digest,
         "blocks": model.n_blocks,
         "complete": not _unreachable(model, peers),
         "missing": _unreachable(model, peers),
+        "files": [
+            {"digest": str(offer.manifest), "nodes": len(offer.nodes)} for offer in offers_of(model.nodes, model.name)
+        ],
         "placement": [[str(peer_id) for peer_id in block] for block in model.placement],
         "nodes": [
             {
@@ -376,6 +381,7 @@ def print_placement(model: ServedModel, peers: Sequence[Peer]) -> None:
     from rich.table import Table
 
     from client.routing import spell_runs
+    from net.files.models import offers_of
 
     table = Table(
         title=f"{model.name}, {model.n_blocks} blocks, digest {model.digest[:12]}",
@@ -406,6 +412,8 @@ def print_placement(model: ServedModel, peers: Sequence[Peer]) -> None:
     for peer in peers:
         if peer.problem and peer.announcement.digest == model.digest:
             print(f"{peer.announcement.peer_id}: {peer.problem}")
+    for offer in offers_of(model.nodes, model.name):
+        print(f"Files: {model.name}@{offer.short} from {len(offer.nodes)} node{'s' * (len(offer.nodes) > 1)}")
     if missing := _unreachable(model, peers):
         print(f"Missing: blocks {spell_runs(missing)}. Nobody can use the model until they are served.")
     print()

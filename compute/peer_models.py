@@ -28,7 +28,6 @@ from net.files.server import FileServer
 
 logger = logging.getLogger(__name__)
 
-SAID_DIGITS: Final = 32  # of a digest that people are told to pin: as many as nobody can find another file for
 KEEP_AGAIN_S: Final = 300.0
 _SPARE_BYTES: Final = 16 << 20  # of a file of weights, beside them
 _WIDEST_BYTES: Final = 4  # of a weight
@@ -80,7 +79,7 @@ def find_at_peers(models: PeerModels, name: str, pin: str | None, call: Call) ->
                 name,
                 _spell_majority(offer, offers),
                 name,
-                str(offer.manifest)[:SAID_DIGITS],
+                offer.short,
             )
         return checkpoint
     raise CheckpointError(f"{name}: the files that nodes offer are of no use ({problems[0]}); ask who runs them")
@@ -137,7 +136,7 @@ def _spell_majority(offer: Offer, offers: list[Offer]) -> str:
 def _spell_lack(name: str, pin: str | None, others: list[Offer]) -> str:
     if not others:
         return f"no node of the swarm gives the files of a model {name!r:.100}"
-    known = ", ".join(f"{name}@{str(offer.manifest)[:SAID_DIGITS]}" for offer in others[:3])
+    known = ", ".join(f"{name}@{offer.short}" for offer in others[:3])
     return f"no node of the swarm gives files of {name} that begin with {pin}; there is {known}"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from compute.errors import CheckpointError, ModelNotFound
-from net.errors import NetError
+from net.errors import NetError, StorageError
 
 HUB_ANSWER_S: Final = 4.0  # a hub that has not answered by then is taken for one that cannot be reached
 _REFUSES_FOR_NOW: Final = frozenset({429, 500, 502, 503, 504})
@@ -200,6 +200,8 @@ class PeerSource:
             return self._found.get(name)
         try:
             path = self._get(name)
+        except StorageError as exc:
+            raise CheckpointError(f"{self._label}: {exc}") from exc
         except NetError as exc:
             raise CheckpointError(f"{self._label}: {exc}; try again later, or get the whole checkpoint") from exc
         self._found[name] = path

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 MODELS_FOLDER: Final = "models"  # in the folder where what lasts is kept
 HASHES_FOLDER: Final = "hashes"
 LEAST_PIN_DIGITS: Final = 8
+SAID_DIGITS: Final = 32
 OFFERED_S: Final = 15.0  # for nodes that serve a model to have read its files and say that they give them
 LOOK_S: Final = 1.0
 _PINNED: Final = re.compile(rf"([A-Za-z0-9][A-Za-z0-9._\-]*)@([0-9a-fA-F]{{{LEAST_PIN_DIGITS},64}})", re.ASCII)
@@ -66,6 +67,11 @@ class Offer:
     model: str
     digest: str
     nodes: tuple[NodeAnnouncement, ...]
+
+    @property
+    def short(self) -> str:
+        """What people are to pin: so many digits of the manifest's root that nobody can find another file for them."""
+        return str(self.manifest)[:SAID_DIGITS]
 
     def fits(self, pin: str) -> bool:
         """Whether a digest's first digits are those of these files, or of the model."""

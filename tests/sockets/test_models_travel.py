@@ -61,7 +61,9 @@ def test_a_client_and_a_node_with_one_address(tmp_path: Path) -> None:
             f"the next time, say travelling-bloom@{pin}"
         )
 
-        # Pinned.
+        # Pinned by what status says.
+        status = run(tmp_path / "client", "status", "--bootstrap", relay)
+        assert f"\nFiles: travelling-bloom@{pin} from 2 nodes\n" in status.output
         outcome = run(tmp_path / "other", *generate, f"travelling-bloom@{pin}")
         assert (outcome.status, outcome.errors, outcome.json["ids"]) == (0, "", expected(folder))
         outcome = run(tmp_path / "other", *generate, "travelling-bloom@12345678")

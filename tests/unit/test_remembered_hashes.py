@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from net.files import remembered
-from net.files.pieces import PIECE_BYTES, Hashes
+from net.files.pieces import PIECE_BYTES, Hashes, hash_file
 from net.files.remembered import RememberedHashes
 
 DATA = bytes(PIECE_BYTES) + b"the rest"
@@ -20,11 +20,10 @@ DATA = bytes(PIECE_BYTES) + b"the rest"
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Files that were read."""
     found: list[Path] = []
-    original = remembered.hash_file
 
     def counted(path: Path) -> Hashes:
         found.append(path)
-        return original(path)
+        return hash_file(path)
 
     monkeypatch.setattr(remembered, "hash_file", counted)
     return found
