@@ -28,7 +28,7 @@ from client.models.cache import SessionCache
 from client.models.contrastive import contrastive_search
 from client.models.local import LocalBlocks
 from client.models.saved import ModelMark, SavedSession
-from client.modules import obtain
+from client.modules import Description, obtain
 from client.portal import Portal
 from client.pricing import Wishes
 from client.tuning import peft_files
@@ -424,7 +424,8 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         return CausalLMOutputWithPast(loss=loss, logits=logits[:, kept])
 
     def save_pretrained(self, save_directory: str | PathLike[str], *_: Any, **__: Any) -> None:
-        """Write what was trained, and nothing else: PEFT's ``adapter_config.json``, ``adapter_model.safetensors``.
+        """Write what was trained, and nothing else: PEFT's ``adapter_config.json`` and ``adapter_model.safetensors``, and
+        ``raceme.json``, which says of which model it is.
 
         Args:
             save_directory: a folder, made if need be; files of these names in it are replaced.
@@ -436,7 +437,12 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         """
         if self.tuned is None:
             raise InvalidInput("there is nothing to save: the model was made without tuning=")
-        peft_files.write(self.tuned, Path(save_directory), self.served.name)
+        folder, served = Path(save_directory), self.served
+        peft_files.write(self.tuned, folder, served.name)
+        told = Description(
+            model=served.name, model_digest=served.digest, method=self.tuned.label, metrics={}, parent=self.parent
+        )
+        told.write(folder)
 
     def _checked_ids(self, ids: torch.Tensor | None, embeddings: torch.Tensor | None) -> torch.Tensor:
         """Raises:

@@ -141,6 +141,14 @@ class Between:
         _set(self, modules=dict(sorted((_whole("a block", block, 0, 2**20), each) for block, each in modules.items())))
 
 
+LABELS: Final[Mapping[type, str]] = {
+    PromptTuning: "prompt",
+    DeepPromptTuning: "deep-prompt",
+    LoRA: "lora",
+    ClassificationHead: "head",
+    RegressionHead: "head",
+    Between: "between",
+}
 Method = PromptTuning | DeepPromptTuning | LoRA | ClassificationHead | RegressionHead | Between
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from client.errors import InvalidInput
 from client.tuning.methods import (
+    LABELS,
     Between,
     ClassificationHead,
     DeepPromptTuning,
@@ -121,6 +122,11 @@ class Tuned(nn.Module):
     def head(self) -> ClassificationHead | RegressionHead | None:
         """The method with a head of its own."""
         return self.find(ClassificationHead) or self.find(RegressionHead)
+
+    @property
+    def label(self) -> str:
+        """What it is called, as in ``lora+head``."""
+        return "+".join(LABELS[type(method)] for method in self.methods)
 
     @property
     def n_outputs(self) -> int:
