@@ -73,7 +73,7 @@ def find_at_peers(models: PeerModels, name: str, pin: str | None, call: Call) ->
             logger.info("files of %s that %d nodes offer are of no use: %s", name, len(offer.nodes), exc)
             problems.append(str(exc))
             continue
-        if pin is None:
+        if pin is None or not str(offer.manifest).startswith(pin):  # a model's digest says nothing of weights
             logger.warning(
                 "the files of %s are those that %s; to take these and no others the next time, say %s@%s",
                 name,

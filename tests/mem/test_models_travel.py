@@ -7,8 +7,9 @@ import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ from client.errors import UnknownModel
 from client.models.bloom import DistributedBloomForCausalLM
 from compute.checkpoint import Checkpoint
 from compute.errors import CheckpointError
-from compute.peer_models import read_manifest
+from compute.peer_models import find_at_peers, read_manifest
 from net.files import models as travel
 from net.files.manifest import ModelManifest
-from net.files.models import MODELS_FOLDER, offers_of, split_pin
+from net.files.models import MODELS_FOLDER, PeerModels, offers_of, split_pin
+from net.files.part import LEFT_BYTES
 from net.files.pieces import FileId, Hashes, hash_file
 from net.files.remembered import RememberedHashes
 from net.files.server import FileServer
@@ -112,6 +114,23 @@ async def test_a_client_with_nothing_but_a_name(
         assert not [record for record in caplog.records if record.name == "compute.peer_models"]
 
 
+async def test_a_full_disk_is_said_and_leaves_what_was_there(
+    odd: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with swarm_of(odd.folder, [(0, 5)], home=tmp_path) as swarm:
+        usage = shutil.disk_usage(tmp_path)
+        with monkeypatch.context() as patched:
+            patched.setattr(shutil, "disk_usage", lambda _: usage._replace(free=LEFT_BYTES + 40_000))
+            with pytest.raises(CheckpointError, match=r"the disk has \d+ left; make room and try again"):
+                await swarm.client.model("odd-bloom")
+        small = kept(tmp_path / "client")
+        assert {"config.json", "manifest"} <= set(small)
+        assert not [name for name in small if name.endswith(".part")]
+        before = {name: path.stat().st_mtime_ns for name, path in small.items()}
+        assert await tokens(await swarm.client.model("odd-bloom")) == expected(odd)
+        assert {name: small[name].stat().st_mtime_ns for name in small} == before
+
+
 async def test_what_was_damaged_here_is_fetched_again(odd: Reference, tmp_path: Path) -> None:
     async with swarm_of(odd.folder, [(0, 5)], home=tmp_path) as swarm:
         await swarm.client.model("odd-bloom")
@@ -130,12 +149,21 @@ async def test_what_was_damaged_here_is_fetched_again(odd: Reference, tmp_path: 
         assert not files["tokenizer.json"].is_symlink()
 
 
-async def test_pins(odd: Reference, manifest_of: Callable[[Path], ModelManifest], tmp_path: Path) -> None:
+async def test_pins(
+    odd: Reference,
+    manifest_of: Callable[[Path], ModelManifest],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     manifest = manifest_of(odd.folder)
     async with swarm_of(odd.folder, [(0, 5)], home=tmp_path) as swarm:
         await offered(swarm, 1)
+        caplog.set_level(logging.WARNING, "compute.peer_models")
         for pin in (manifest.digest[:8], manifest.digest, str(manifest.file_id), str(manifest.file_id)[:8].upper()):
+            caplog.clear()
             assert await tokens(await swarm.client.model(f"odd-bloom@{pin}")) == expected(odd)
+            notes = [record for record in caplog.records if record.name == "compute.peer_models"]
+            assert len(notes) == manifest.digest.startswith(pin)  # which says nothing of what is in weights
         with pytest.raises(UnknownModel) as caught:
             await swarm.client.model("odd-bloom@00000000")
         assert f"begin with 00000000; there is odd-bloom@{str(manifest.file_id)[:32]}" in str(caught.value)
@@ -328,6 +356,24 @@ def test_the_offer_of_most_nodes_comes_first() -> None:
     assert [offer.manifest for offer in offers_of(nodes, "some-bloom", str(files[0])[:8])] == [files[0]]
     assert offers_of(nodes, "some-bloom", nodes[0].digest[:9]) == found
     assert offers_of(nodes, "nothing") == []
+
+
+def test_a_pin_that_fits_several_is_refused() -> None:
+    file, other = (Hashes.of_bytes(data).file for data in (b"one", b"other"))
+    pin = str(file)[:8]
+    nodes = [
+        replace(announced(0, 0, 8), files=file),
+        replace(announced(1, 0, 8), files=other, digest=pin + "0" * 56),
+    ]
+
+    class Fake:
+        offers = staticmethod(partial(offers_of, nodes))
+
+    def call(function: Callable[..., Any], *arguments: object) -> Any:
+        return function(*arguments)
+
+    with pytest.raises(CheckpointError, match=f"some-bloom@{pin}: several are offered that begin so; give more digits"):
+        find_at_peers(cast(PeerModels, Fake), "some-bloom", pin, call)
 
 
 @pytest.mark.parametrize(
