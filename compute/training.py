@@ -284,25 +284,20 @@ class _Talk:
             return await self._tune(call)
         if method not in ("forward", "backward"):
             raise RpcError("unknown-method", f"no method {str(method)[:64]!r} here")
-        work, tensors = wire.Work.from_fields(call.message.header), call.message.tensors
-        if len(tensors) != (1 if method == "forward" else 2):
-            raise RpcError("bad-input", f"{method} does not carry {len(tensors)} tensors")
+        work, count = wire.Work.from_fields(call.message.header), len(call.message.tensors)
+        if count != (1 if method == "forward" else 2):
+            raise RpcError("bad-input", f"{method} does not carry {count} tensors")
         tuning = await self._tuning_of(work)
         serving = self._training.node.serving_for(work)
         with refusals(serving.metrics), serving.call(call.scope):
-            form, width = Form.read(work.form), serving.span.config.hidden_size
-            hidden = await converted(lambda: _read(tensors[0], form, work, width), tensors[0])
-            if method == "forward":
-                call.state = "running"
-                given = await serving.engine.forward(
-                    hidden, peer=self._peer_id, start=work.start, end=work.end, tuning=tuning
-                )
-                return Message(header={}, tensors=[await converted(lambda: _write(given, form), given)])
-            gradient = await converted(lambda: _read(tensors[1], form, work, width), tensors[1])
+            form = Form.read(work.form)
+            states = await _take_states(call, form, work, serving.span.config.hidden_size)
             call.state = "running"
-            gradients = await serving.engine.backward(
-                hidden, gradient, peer=self._peer_id, start=work.start, end=work.end, tuning=tuning
-            )
+            asked = {"peer": self._peer_id, "start": work.start, "end": work.end, "tuning": tuning}
+            if method == "forward":
+                given = await serving.engine.forward(*states, **asked)
+                return Message(header={}, tensors=[await converted(lambda: _write(given, form), given)])
+            gradients = await serving.engine.backward(*states, **asked)
             answer = [await converted(lambda: _write(gradients.hidden, form), gradients.hidden)]
             if gradients.tuning is not None:
                 name, shape, data = to_wire(gradients.tuning)
@@ -358,6 +353,20 @@ def _limit(_: Mapping[str, Any]) -> int:
 
 def _cancelled() -> RpcError:
     return RpcError("cancelled", "the call was cancelled")
+
+
+async def _take_states(call: _Call, form: Form, work: wire.Work, width: int) -> list[Tensor]:
+    """What a call carries, whose bytes are let go of.
+
+    Shapes:
+        returns: [b, t, d] each, float32
+    """
+    tensors, call.message = list(call.message.tensors), Message(header=call.message.header)
+    states = []
+    while tensors:
+        tensor = tensors.pop(0)
+        states.append(await converted(lambda tensor=tensor: _read(tensor, form, work, width), tensor))  # type: ignore[misc]
+    return states
 
 
 def _read(tensor: framing.Tensor, form: Form, work: wire.Work, width: int) -> Tensor:

@@ -424,7 +424,7 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         return CausalLMOutputWithPast(loss=loss, logits=logits[:, kept])
 
     def save_pretrained(self, save_directory: str | PathLike[str], *_: Any, **__: Any) -> None:
-        """Write what was trained, and nothing else: PEFT's ``adapter_config.json`` and ``adapter_model.safetensors``, and
+        """Write what was trained: PEFT's ``adapter_config.json`` and ``adapter_model.safetensors``, and
         ``raceme.json``, which says of which model it is.
 
         Args:

@@ -89,11 +89,13 @@ class CallStream:
 
     Attributes:
         answered: Calls so far.
+        users: Who is about to call, or calls; for its owner to count.
         connection: Below it, once there is one.
     """
 
     def __init__(self, host: Host, node: NodeAnnouncement, open_timeout_s: float = OPEN_TIMEOUT_S) -> None:
         self.answered = 0
+        self.users = 0
         self._open_timeout_s = open_timeout_s
         self.connection: Connection | None = None
         self._host = host
@@ -116,11 +118,6 @@ class CallStream:
     def is_over(self) -> bool:
         """Whether it takes no calls any more."""
         return self._failure is not None
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing is under way."""
-        return not self._calls
 
     def end(self) -> None:
         """Close it; what is under way fails."""

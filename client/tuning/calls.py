@@ -204,6 +204,7 @@ class RemoteCaller:
         limit = call.state_bytes + (_ITEM_BYTES * call.n_tuning if method == "backward" else 0)
         while True:
             stream = self._stream_to(call.hop, REOPEN_TIMEOUT_S if reopened else OPEN_TIMEOUT_S)
+            stream.users += 1
             try:
                 if tuning is not None:
                     await stream.upload(tuning.key, make)
@@ -216,6 +217,8 @@ class RemoteCaller:
                 continue
             except errors.RpcError as error:
                 refused = error
+            finally:
+                stream.users -= 1
             if refused.code == "no-tuning" and tuning is not None and uploads < UPLOADS:
                 uploads += 1
                 said = await stream.forget_upload(tuning.key)
@@ -239,7 +242,7 @@ class RemoteCaller:
         """The stream to a node; a new one, if that is over, or goes through a relay though there is a better way."""
         node = hop.node
         stream = self._streams.get(node.peer_id)
-        if stream is not None and stream.is_idle and stream.connection is not None and stream.connection.relayed:
+        if stream is not None and not stream.users and stream.connection is not None and stream.connection.relayed:
             best = self._host.swarm.connection(node.peer_id)
             if best is not None and not best.relayed:
                 stream.end()

@@ -459,18 +459,14 @@ async def test_answers_that_make_no_sense_end_the_stream(autojump_clock: MockClo
 
 
 async def test_answers_to_what_was_not_asked_end_the_stream(autojump_clock: MockClock) -> None:
-    async def twice(message: Message) -> Message:
-        return Message(header={}, tensors=message.tensors)
-
     async with world() as it:
         await it.forward()
-        node, parcels = it.node, list[ParcelStream]()
+        node = it.node
         real = node._answer
 
-        async def answer(stream: ParcelStream, message: Message) -> None:
-            parcels.append(stream)
-            await stream.send(Message(header={"id": 999}))
-            await real(stream, message)
+        async def answer(parcels: ParcelStream, message: Message) -> None:
+            await parcels.send(Message(header={"id": 999}))
+            await real(parcels, message)
 
         node._answer = answer  # type: ignore[method-assign]
         await it.fails("not asked")
