@@ -504,7 +504,7 @@ async def test_whoever_goes_away_while_it_is_sent_sends_no_more(
             nursery.cancel_scope.cancel()
         assert torch.equal(await it.forward(), HIDDEN)
         assert sum(came) < large.numel() * 4
-        assert it.node.asked == ["forward", "cancel", "forward"]
+        assert sorted(it.node.asked) == ["cancel", "forward", "forward"]
         assert it.node.streams == 1
 
 
@@ -519,7 +519,7 @@ async def test_what_is_refused_while_it_is_sent_is_sent_no_further(
         began = trio.current_time()
         assert torch.equal(await it.caller.forward(it.hop, DIGEST, large, None), large)
         assert trio.current_time() - began == pytest.approx(1.0, abs=0.1)  # as it was told
-        assert it.node.asked == ["cancel", "forward"]
+        assert sorted(it.node.asked) == ["cancel", "forward"]
         assert sum(came) < 2 * large.numel() * 4
 
 
