@@ -22,6 +22,7 @@ from compute.metrics import Metrics
 from compute.tensors import tensor_bytes
 from compute.training import Room, Training, Tunings
 from compute.tuning import SpanTuning, TuningForm
+from compute.wire_forms import Form
 from net.addresses import parse
 from net.errors import ConnectionLost, PeerFailed, StreamReset
 from net.host import open_host
@@ -60,9 +61,9 @@ def hop_of(node: RunningNode, start: int | None = None, end: int | None = None) 
 
 
 @asynccontextmanager
-async def caller_of(swarm: TestSwarm) -> AsyncIterator[RemoteCaller]:
+async def caller_of(swarm: TestSwarm, form: Form | None = None) -> AsyncIterator[RemoteCaller]:
     async with open_service_nursery() as nursery:
-        yield RemoteCaller(swarm.client.host, nursery)
+        yield RemoteCaller(swarm.client.host, nursery, form=form)
         nursery.cancel_scope.cancel()
 
 
@@ -232,6 +233,23 @@ async def test_a_call_with_a_tuning_gives_what_its_blocks_give_with_it(folder: P
         assert flat is not None and expected.tuning is not None
         assert torch.equal(back, expected.hidden)
         assert torch.equal(flat, expected.tuning)
+
+
+@pytest.mark.parametrize(("form", "off"), [("float32", 0.0), ("float16", 2e-3), ("bfloat16", 2e-2), ("int8", 5e-2)])
+async def test_calls_in_every_form(folder: Path, form: str, off: float) -> None:
+    async with swarm_of(folder, [(0, 4)]) as swarm, caller_of(swarm, Form(form)) as caller:
+        [node] = swarm.nodes
+        hidden, gradient = noise(2, 70, WIDTH), noise(2, 70, WIDTH, seed=1)
+        tuning = tuning_of(folder, BOTH, 0, 4)
+        given = await caller.forward(hop_of(node), node.offer.digest, hidden.bfloat16().float(), tuning)
+        back, flat = await caller.backward(hop_of(node), node.offer.digest, hidden, gradient, tuning)
+    async with engine_of(folder, 0, 4) as engine:
+        expected = await engine.backward(hidden, gradient, tuning=tuning)
+        results = [(given, await engine.forward(hidden.bfloat16().float(), tuning=tuning)), (back, expected.hidden)]
+    assert flat is not None and expected.tuning is not None
+    for one, other in [*results, (flat, expected.tuning)]:
+        assert one.dtype == torch.float32
+        assert float((one - other).norm() / other.norm()) <= off
 
 
 async def test_several_calls_at_once_get_their_own_answers(folder: Path) -> None:
