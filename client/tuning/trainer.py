@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 PARTS: Final = 8  # of a batch, at least, if it has so many sequences: they follow one another through a chain
 LEAST_TOKENS: Final = 128  # of a part, as far as sequences allow: fewer waste what loading weights costs
 MOST_TOKENS: Final = 1024
+MOST_ROWS: Final = 32  # that every node takes at once
 PARTS_AT_NODE: Final = 3  # of ours, at once: one runs, one waits, one is on its way
 PATIENCE_S: Final = 30.0  # for somebody to take over what nobody serves any more
 AGAIN_S: Final = 0.25  # before the next look for somebody; twice as long each time, up to
@@ -49,7 +50,7 @@ T = TypeVar("T")
 def part_rows(rows: int, tokens: int) -> int:
     """How many sequences a part has, of a batch of ``rows`` sequences of ``tokens`` tokens."""
     wanted = min(max(rows * tokens // PARTS, LEAST_TOKENS), MOST_TOKENS)
-    return max(1, min(rows, wanted // tokens))
+    return max(1, min(rows, wanted // tokens, MOST_ROWS))
 
 
 @dataclass(kw_only=True, eq=False)

@@ -246,7 +246,8 @@ def test_all_batches_keep_to_one_class_of_numerics() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "tokens", "expected"), [(8, 128, 1), (1, 5, 1), (64, 16, 8), (16, 2048, 1), (256, 4, 32), (256, 128, 8)]
+    ("rows", "tokens", "expected"),
+    [(8, 128, 1), (1, 5, 1), (64, 16, 8), (16, 2048, 1), (256, 4, 32), (256, 128, 8), (256, 1, 32)],
 )
 def test_how_a_batch_is_cut_depends_on_its_shape_alone(rows: int, tokens: int, expected: int) -> None:
     assert part_rows(rows, tokens) == expected
