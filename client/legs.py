@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -19,6 +19,8 @@ import trio
 
 from client.errors import InvalidInput, UnknownModel
 from client.routing import Hop
+from compute.tensors import to_wire
+from compute.tuning import SpanTuning
 from compute.wire_forms import CODEC, Account, Form, Sender
 from net import errors
 from net.host import Host
@@ -27,7 +29,7 @@ from net.nurseries import open_service_nursery
 from net.protocol import session as wire
 from net.protocol.announcement import NodeAnnouncement
 from net.rpc import lane, packing
-from net.rpc.framing import Message, encode
+from net.rpc.framing import Message, Tensor, encode
 from net.rpc.messages import MessageStream, Pieces
 from net.swarm import Connection
 
@@ -49,6 +51,9 @@ SENT_TIMEOUT_S = 2.0
 # What a node may blame the caller for when a session is opened. Steps are checked here before they are sent, so that
 # a node that refuses one is itself at fault.
 CALLERS_FAULT = frozenset({"bad-input", "bad-value", "too-long"})
+TUNING_PIECE = 1 << 15  # numbers: 128 KiB, which what else goes to the node waits for
+TUNING_WINDOW = 8  # pieces on their way
+TUNING_PIECE_S = 8.0  # for one to be taken; whoever is slower is not waited for
 OWN_QUESTIONS = 2**52  # from here on: numbers of questions that are no steps
 
 
@@ -69,6 +74,9 @@ class LegEvents(Protocol):
 
     def leg_opened(self, leg: Leg) -> None:
         """Its session is open."""
+
+    def leg_uploading(self, leg: Leg) -> None:
+        """It is not open yet, but what its session adds is being taken."""
 
     def leg_failed(self, leg: Leg, error: errors.PeerFailed) -> None:
         """It is over."""
@@ -117,6 +125,7 @@ class Leg:
         find_nodes: FindNodes,
         events: LegEvents,
         form: Form,
+        tuning: SpanTuning | None = None,
     ) -> None:
         """Begin.
 
@@ -128,6 +137,7 @@ class Leg:
             find_nodes: where the node is now.
             events: who is told.
             form: in which it is sent hidden states.
+            tuning: what the session adds within the hop's blocks, where the request says so.
         """
         self.key = key
         self.hop = hop
@@ -140,6 +150,8 @@ class Leg:
         self._node = hop.node
         self._find_nodes = find_nodes
         self._events = events
+        self._tuning = tuning
+        self._window = trio.Semaphore(TUNING_WINDOW)
         self._stream: Stream | None = None
         self._messages: MessageStream | None = None
         self._connection: Connection | None = None
@@ -251,10 +263,10 @@ class Leg:
     def _question(self, method: str, about: int, fields: Mapping[str, Any]) -> None:
         self._outbox.send_nowait(self._asking(method, about, fields))
 
-    def _asking(self, method: str, about: int, fields: Mapping[str, Any]) -> Pieces:
+    def _asking(self, method: str, about: int, fields: Mapping[str, Any], tensors: Sequence[Tensor] = ()) -> Pieces:
         number = next(self._numbers)
         self._asked[number] = method, about
-        return encode(Message(header={**fields, "m": method, "id": number}))
+        return encode(Message(header={**fields, "m": method, "id": number}, tensors=tensors))
 
     # The stream
 
@@ -268,9 +280,13 @@ class Leg:
         peer_id, why = self._node.peer_id, ""
         for tries_left in reversed(range(BUSY_TRIES)):
             self._opened, self._refused = trio.Event(), None
-            if self._messages is not None:
+            opened = self._opened
+            if self._messages is not None and self._tuning is not None:
+                await self._upload(self._messages, self._tuning, opened)
+            if self._messages is not None and not opened.is_set():
                 await self._messages.send(self._asking("open", 0, self.request.to_fields()))
-            self._asks_first.set()
+            if self._refused is None:
+                self._asks_first.set()
             with trio.move_on_after(OPEN_TIMEOUT_S) as scope:
                 await self._opened.wait()
             if scope.cancelled_caught:
@@ -287,6 +303,38 @@ class Leg:
                 await trio.sleep(min(refused.retry_after_s, MAX_RETRY_AFTER_S))
         raise errors.PeerFailed(peer_id, f"put off {BUSY_TRIES} times in a row: {why}")
 
+    async def _upload(self, messages: MessageStream, tuning: SpanTuning, refused: trio.Event) -> None:
+        """Send what the session adds, no further than the node takes it.
+
+        Raises:
+            PeerFailed: it takes it too slowly.
+        """
+        self._window = trio.Semaphore(TUNING_WINDOW)
+        hop, flat, what = self.hop, tuning.flat(), tuning.form.to_fields()
+        for at in range(0, max(1, len(flat)), TUNING_PIECE):
+            with trio.move_on_after(TUNING_PIECE_S) as scope:
+                await self._window.acquire()
+                if refused.is_set():
+                    return
+                dtype, shape, data = to_wire(flat[at : at + TUNING_PIECE])
+                tune = wire.Tune(digest=self.request.digest, start=hop.start, end=hop.end, at=at)
+                tensor = Tensor(dtype=dtype, shape=shape, data=data)
+                await messages.send(self._asking("tune", 0, {**tune.to_fields(), **what}, [tensor]))
+            if scope.cancelled_caught:
+                raise errors.PeerFailed(self._node.peer_id, "does not take what the session adds")
+
+    def _take_uploaded(self, refused: errors.RpcError | None) -> None:
+        """Raises:
+        RemoteProtocolError: a piece of what is in use is refused.
+        """
+        if refused is None:
+            self._events.leg_uploading(self)
+        elif self._token:
+            raise errors.RemoteProtocolError(f"has opened the session, and then: {refused}")
+        else:
+            self._take_opening({}, refused)
+        self._window.release()
+
     def _take_opening(self, header: Mapping[str, Any], refused: errors.RpcError | None) -> None:
         """Raises:
         RemoteProtocolError: opened without a token, or in another form.
@@ -297,7 +345,7 @@ class Leg:
                 raise errors.RemoteProtocolError(f"opened the session in {opened.form}, not in {self.request.form}")
             self._token = opened.token
             self._events.leg_opened(self)
-        else:
+        elif self._refused is None:  # of several, the first one says why
             self._refused = refused
             if refused.retry_after_s is not None:
                 self._asks_first = trio.Event()
@@ -438,6 +486,8 @@ class Leg:
             self._events.leg_linked(self, about, refused)
         elif method == "where" and refused is None:
             self._events.leg_placed(self, about, packing.field(header, "state", str, max_length=16))
+        elif method == "tune":
+            self._take_uploaded(refused)
         elif method == "sent":
             self._sent = None if refused is not None else wire.Sent.from_fields(header)
             self._said_sent.set()

@@ -29,6 +29,7 @@ from client.pricing import NOTHING_MEASURED, OVERHEAD_S, step_s
 from client.routing import Hop, Measurements, Wishes, as_they_are, better_chain, choose_chain, seconds_per_token
 from client.session_core import SessionCore
 from compute.errors import BadInput
+from compute.tuning import SpanTuning
 from compute.wire_forms import CODEC, from_message
 from net import errors
 from net.host import Host
@@ -73,6 +74,7 @@ class Session:
         measures_error: bool = False,
         nearness: Nearness | None = None,
         choices: Choices = NO_CHOICES,
+        tuning: SpanTuning | None = None,
     ) -> None:
         """Begin without a chain.
 
@@ -86,6 +88,8 @@ class Session:
             measures_error: whether to find out what is lost on the way, which takes time.
             nearness: knows how far nodes are; by default all count as equally far.
             choices: which nodes may be used, and which blocks whoever uses the session computes before and after it.
+            tuning: what is added within all blocks of the session, for it alone. Each node is sent its part before it
+                opens the session, a replacement, too.
 
         Raises:
             TypeError, InvalidInput: ``max_length`` is no whole number, or not above 0; no such form.
@@ -103,6 +107,7 @@ class Session:
         self._measures = measures_error and self._forms.asked is not None
         self._nearness = nearness
         self._choices = choices
+        self._tuning = tuning
         self._journal = Journal()
         self._order: tuple[int, ...] = ()
         self._width = 0  # of hidden states
@@ -461,7 +466,8 @@ class Session:
                 nursery.start_soon(self._find, fresh)
             case core.Open(leg=key, hop=hop):
                 form = self._forms.into(hop)
-                leg = Leg(key, hop, self._request(hop), self._host, self._find_nodes, self, form)
+                part = None if self._tuning is None else self._tuning.part(hop.start, hop.end)
+                leg = Leg(key, hop, self._request(hop), self._host, self._find_nodes, self, form, part)
                 self._legs[key] = leg
                 nursery.start_soon(leg.run)
             case core.Close(leg=key):
@@ -514,6 +520,7 @@ class Session:
             form=str(self._forms.out_of(hop)),
             codecs=(CODEC,),
             measures=self._measures,
+            tuned=self._tuning is not None,
         )
 
     async def _find(self, fresh: bool) -> None:
@@ -631,6 +638,11 @@ class Session:
         with self._event(leg) as session:
             if session is not None:
                 session.opened(leg.key, trio.current_time())
+
+    def leg_uploading(self, leg: Leg) -> None:
+        with self._event(leg) as session:
+            if session is not None:
+                session.opening(leg.key, trio.current_time())
 
     def leg_failed(self, leg: Leg, error: errors.PeerFailed) -> None:
         with self._event(leg) as session:

@@ -486,6 +486,12 @@ class SessionCore:
             return
         self._no_chain(error, now)
 
+    def opening(self, key: int, now: float) -> None:
+        """A leg's session is not open yet, but its node is at it."""
+        leg = self._find(key)
+        if leg is not None:
+            leg.since = now
+
     def opened(self, key: int, now: float) -> None:
         """A leg's session is open."""
         leg = self._find(key)

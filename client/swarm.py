@@ -213,15 +213,16 @@ class AsyncSwarm:
             measures_error: find out what is lost on the way, for ``traffic``; that takes time.
             accepts: false for nodes that must not be used.
             choices: which nodes to use; blocks that are computed here are the caller's.
-            tuning: what nodes are to add to the model's blocks for this session.
+            tuning: what is added within all blocks that nodes compute, for this session alone.
 
         Raises:
-            TypeError, InvalidInput: ``max_length`` is no whole number above 0, or there is no such ``wire``.
+            TypeError, InvalidInput: ``max_length`` is no whole number above 0, there is no such ``wire``, or the tuning
+                lacks blocks or holds NaN or infinity.
         """
         from client.session import Session
 
         if tuning is not None:
-            raise InvalidInput("sessions do not have what is trained inside of blocks yet: call model(input_ids)")
+            await trio.to_thread.run_sync(_check_tuning, tuning, model.n_blocks, choices.local_blocks)
         return Session(
             self.host,
             self._finder(model, accepts),
@@ -232,6 +233,7 @@ class AsyncSwarm:
             measures_error=measures_error,
             nearness=self._nearness,
             choices=choices,
+            tuning=tuning,
         )
 
     async def trainer(
@@ -465,3 +467,21 @@ def _check_timeout(timeout_s: object) -> None:
         raise TypeError(f"timeout_s is a number of seconds, not {type(timeout_s).__name__}")
     if not timeout_s > 0:
         raise InvalidInput(f"timeout_s is {timeout_s}: give a number of seconds above 0")
+
+
+def _check_tuning(tuning: SpanTuning, n_blocks: int, own_blocks: int) -> None:
+    """Raises:
+    InvalidInput: it lacks blocks that nodes compute, or holds NaN or infinity.
+    """
+    from compute.errors import BadInput
+    from compute.tuning import check_finite
+
+    if not tuning.start <= own_blocks < n_blocks - own_blocks <= tuning.end:
+        raise InvalidInput(
+            f"a tuning of blocks {tuning.start} to {tuning.end}: give one of blocks {own_blocks} to "
+            f"{n_blocks - own_blocks}, which nodes compute"
+        )
+    try:
+        check_finite(tuning)
+    except BadInput as error:
+        raise InvalidInput(str(error)) from error

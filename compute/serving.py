@@ -24,6 +24,8 @@ from compute.errors import BadInput, EngineError, EngineStopped, Later
 from compute.metrics import Metrics
 from compute.outbox import Outbox, OutboxBudget
 from compute.pushing import PushLink
+from compute.room import Room
+from compute.tuning import SpanTuning
 from compute.wire_forms import CODEC, Form, Sender, from_message
 from net.errors import NetError, RemoteProtocolError, RpcError
 from net.identity import PeerId
@@ -264,6 +266,7 @@ class Serving:
         engine: Runs them, while :meth:`run` does.
         held: Sessions by token.
         calls: The scopes of training calls under way.
+        room: For what sessions are to add, while it comes.
     """
 
     def __init__(
@@ -289,6 +292,7 @@ class Serving:
         self.metrics = metrics
         self.held: dict[bytes, Held] = {}
         self.calls: set[trio.CancelScope] = set()
+        self.room = Room(settings.tuning_bytes, settings.tuning_bytes_per_peer)
         self._line_bytes_per_s = line_bytes_per_s
         self._by_push_token: dict[bytes, Held] = {}
         self._outboxes = OutboxBudget()
@@ -347,8 +351,8 @@ class Serving:
             raise RpcError("busy", "the node serves other blocks now")
         self._nursery.start_soon(function, *args)  # type: ignore[arg-type]
 
-    async def open(self, request: wire.Open, peer_id: PeerId, holder: Holder) -> Held:
-        """Open a session for a stream.
+    async def open(self, request: wire.Open, peer_id: PeerId, holder: Holder, tuning: SpanTuning | None = None) -> Held:
+        """Open a session for a stream, with what it adds.
 
         Raises:
             EngineError: as ``Engine.open_session``; also when :meth:`drain` has begun, or for an unknown form.
@@ -364,6 +368,7 @@ class Serving:
             end=request.end,
             peer=peer_id,
             pads=request.pads,
+            tuning=tuning,
         )
         if self._closed:
             await self.engine.close_session(session_id)

@@ -9,6 +9,8 @@ import trio
 
 from compute.pushing import PushLink
 from compute.serving import Ask, Held, Serving, refusals, session_over
+from compute.tuning import SpanTuning, TuningForm
+from compute.upload import Upload
 from compute.wire_forms import CODEC
 from net import errors
 from net.errors import RpcError
@@ -27,7 +29,7 @@ PUSH_WAIT_S: Final = 2.0  # for a session to be opened that another node is to h
 class Node(Protocol):
     """Who has servings; :class:`compute.node.Node`."""
 
-    def serving_for(self, request: wire.Open) -> Serving:
+    def serving_for(self, request: wire.Open | wire.Tune) -> Serving:
         """Raises:
         RpcError: another model, blocks that are not served here, or nothing is served now.
         """
@@ -52,6 +54,7 @@ class ClientTalk:
         self._stream = stream
         self._messages = MessageStream(stream, connection.line)
         self._held: Held | None = None
+        self._upload: Upload | None = None  # what the session is to add
 
     @property
     def bytes_per_s(self) -> float | None:
@@ -88,6 +91,7 @@ class ClientTalk:
     async def _take(self, message: Message) -> None:
         number = wire.read_id(message.header)
         methods: dict[object, Callable[[Message], Awaitable[Message | None]]] = {
+            "tune": self._tune,
             "open": self._open,
             "resume": self._resume,
             "link": self._link,
@@ -108,14 +112,51 @@ class ClientTalk:
         if answer is not None:
             await self.send(Message(header={**answer.header, "id": number}, tensors=answer.tensors))
 
+    async def _tune(self, message: Message) -> Message:
+        """Take a piece of what the session is to add."""
+        if self._held is not None:
+            raise RpcError("bad-input", "the session is open already")
+        try:
+            tune = wire.Tune.from_fields(message.header)
+            serving = self._node.serving_for(tune)
+            with refusals(serving.metrics):
+                form = TuningForm.from_fields(message.header)
+                if not tune.at:
+                    self._drop_upload()
+                    self._upload = Upload(tune, form, serving.span.config, serving.room, self._peer_id)
+                if self._upload is None:
+                    raise RpcError("bad-input", "a tuning begins with its first number")
+                self._upload.add(tune, form, message.tensors)
+        except BaseException:
+            self._drop_upload()
+            raise
+        return Message(header={})
+
+    def _drop_upload(self) -> None:
+        if self._upload is not None:
+            self._upload.clear()
+        self._upload = None
+
+    def _uploaded(self, request: wire.Open) -> SpanTuning | None:
+        """What a session is to add."""
+        if not request.tuned:
+            return None
+        if self._upload is None or self._upload.of != (request.digest, request.start, request.end):
+            raise RpcError("bad-input", "no tuning of these blocks has come")
+        return self._upload.tuning()
+
     async def _open(self, message: Message) -> Message:
         """Begin a session."""
         if self._held is not None:
             raise RpcError("bad-input", "the session is open already")
-        request = wire.Open.from_fields(message.header)
-        serving = self._node.serving_for(request)
-        with refusals(serving.metrics):
-            held = self._held = await serving.open(request, self._peer_id, self)
+        try:
+            request = wire.Open.from_fields(message.header)
+            serving = self._node.serving_for(request)
+            with refusals(serving.metrics):
+                tuning = self._uploaded(request)
+                held = self._held = await serving.open(request, self._peer_id, self, tuning)
+        finally:
+            self._drop_upload()
         self._node.opened.set()
         self._node.opened = trio.Event()
         stats = serving.engine.stats
@@ -194,6 +235,7 @@ class ClientTalk:
 
     async def _end(self, *, broken: bool) -> None:
         """The stream is over; what broke may be resumed."""
+        self._drop_upload()
         held = self._held
         if held is not None and held.holder is self and held.serving is not None:
             await (held.serving.keep(held) if broken else held.serving.free(held))

@@ -3,8 +3,9 @@
 The client asks, with a number of the question's own (``"id"``) and ``"m"``, the method; an answer carries the number,
 and its fields, or ``"e"`` (a code), ``"why"`` and perhaps ``"retry_after_s"``.
 
-    open   {"digest", "start", "end", "batch", "max_length", "push_token", "pads"?, "form"?, "codecs"?, "measures"?}
-                                                                         -> {"cache_tokens_left", "token", "form"?}
+    tune   {"digest", "start", "end", "at", what it is...} + numbers [m], f32    -> {}
+    open   {"digest", "start", "end", "batch", "max_length", "push_token", "pads"?, "form"?, "codecs"?, "measures"?,
+            "tuned"?}                                                    -> {"cache_tokens_left", "token", "form"?}
     resume {"token"}                                                     -> {}
     link   {"peer", "addresses", "token", "codecs"?}                     -> {}
     step   {"position", "push", "keep", "order"?, "every"?} + hidden     -> {} + hidden of the last ``keep`` tokens
@@ -14,6 +15,11 @@ and its fields, or ``"e"`` (a code), ``"why"`` and perhaps ``"retry_after_s"``.
 
 The client need not wait for the answer to ``open`` before it asks for more, nor for that to ``link``: a step that is to
 be handed on waits a little for the next node to be reached.
+
+**Tuning.** What the session adds within its blocks for itself alone comes before an ``open`` that is ``tuned``, in
+pieces: ``at`` is the index of the first of a piece's numbers, in one vector for all of these blocks, and 0 begins anew.
+Each piece says what it is a tuning of, and what it is: ``compute.tuning`` has these fields, and the order of numbers.
+After a refusal, of a piece or of ``open``, the node has none of it any more.
 
 ``position`` is where a step's first token stands. One that lies before the session's length sets it back: what was
 there is forgotten. A stream that broke, rather than ended, leaves the session for a while: the same peer may
@@ -72,6 +78,7 @@ MAX_BATCH = 256
 MAX_LENGTH = 2**20
 MAX_HOPS = 64
 MAX_ID = 2**53
+MAX_NUMBERS = 2**40  # of a tuning; nodes have bounds of their own
 MAX_FORM_CHARACTERS = 16
 MAX_ERROR = 1e3  # of what is sent, relative to it: there is no more
 FORM = "float32"  # of sessions that name none
@@ -93,6 +100,7 @@ class Open:
         form: In which its results travel.
         codecs: Which the client can undo.
         measures: Whether to find out how large the form's error is.
+        tuned: Whether what has come before is added within the blocks.
     """
 
     digest: str
@@ -105,6 +113,7 @@ class Open:
     form: str = FORM
     codecs: tuple[str, ...] = ()
     measures: bool = False
+    tuned: bool = False
 
     def to_fields(self) -> dict[str, Any]:
         fields: dict[str, Any] = {
@@ -121,6 +130,8 @@ class Open:
             fields["pads"] = list(self.pads)
         if self.measures:
             fields["measures"] = True
+        if self.tuned:
+            fields["tuned"] = True
         return fields
 
     @classmethod
@@ -141,6 +152,39 @@ class Open:
             form=_form(fields),
             codecs=read_codecs(fields),
             measures=packing.field({"measures": False, **fields}, "measures", bool),
+            tuned=packing.field({"tuned": False, **fields}, "tuned", bool),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune:
+    """Of what a piece of a tuning is; what the tuning is stands beside it.
+
+    Attributes:
+        digest: Of the model.
+        start, end: Blocks [start, end).
+        at: Which number is the piece's first.
+    """
+
+    digest: str
+    start: int
+    end: int
+    at: int
+
+    def to_fields(self) -> dict[str, Any]:
+        return {"digest": self.digest, "start": self.start, "end": self.end, "at": self.at}
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Tune:
+        """Raises:
+        RemoteProtocolError: missing or out of bounds.
+        """
+        end = packing.integer(fields, "end", 1, MAX_BLOCKS)
+        return cls(
+            digest=packing.field(fields, "digest", str, max_length=64),
+            start=packing.integer(fields, "start", 0, end - 1),
+            end=end,
+            at=packing.integer(fields, "at", 0, MAX_NUMBERS),
         )
 
 

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from client import session_core as core
 from client.errors import ClientError, MissingBlocks
 from net.errors import NetError
 from tests.unit.session_worlds import World
@@ -66,6 +67,25 @@ def test_nobody_to_go_on_with() -> None:
     error = world.run_until_done()
     assert isinstance(error, MissingBlocks)
     assert world.now < 1.0
+
+
+def test_a_node_that_is_at_it_is_not_hurried() -> None:
+    world = World(1, spans=[(0, 4)] * 6)
+    session, now = world.core, 0.0
+    world.journal.add([[1]])
+    session.want(0)
+    session.advance(now)
+    session.nodes_found([node.offer for node in world.nodes], now)
+    keys = [action.leg for action in session.advance(now) if isinstance(action, core.Open)]
+    assert keys
+    for _ in range(10):  # what they are sent takes long
+        now += core.OPEN_PATIENCE_S - 0.5
+        for key in keys:
+            session.opening(key, now)
+        session.advance(now)
+        assert [leg.key for leg in session.legs] == keys
+    session.advance(now + core.OPEN_PATIENCE_S)
+    assert [leg.key for leg in session.legs] != keys
 
 
 def seconds_of_steps(*, push: bool) -> list[float | None]:

@@ -37,9 +37,11 @@ def travelled(fields: dict[str, Any]) -> dict[str, Any]:
     return packing.unpack(packing.pack(fields))
 
 
-@given(form=NAMES, codecs=CODECS, measures=st.booleans(), batch=st.integers(1, 3))
-def test_what_is_asked_for_is_read(form: str, codecs: tuple[str, ...], measures: bool, batch: int) -> None:
-    asked = Open(digest="d", start=1, end=4, batch=batch, max_length=8, form=form, codecs=codecs, measures=measures)
+@given(form=NAMES, codecs=CODECS, measures=st.booleans(), tuned=st.booleans(), batch=st.integers(1, 3))
+def test_what_is_asked_for_is_read(form: str, codecs: tuple[str, ...], measures: bool, tuned: bool, batch: int) -> None:
+    asked = Open(
+        digest="d", start=1, end=4, batch=batch, max_length=8, form=form, codecs=codecs, measures=measures, tuned=tuned
+    )
     assert Open.from_fields(travelled(asked.to_fields())) == asked
 
 
@@ -77,7 +79,27 @@ def test_those_who_say_nothing_of_forms_are_understood() -> None:
     assert Opened.from_fields({"token": token}) == Opened(token=token)
 
 
-@given(name=st.sampled_from(["form", "codecs", "measures"]), junk=JUNK)
+@given(
+    end=st.integers(1, 70),
+    at=st.integers(0, wire.MAX_NUMBERS),
+    others=st.dictionaries(st.sampled_from(["id", "rank", "scale", "targets"]), st.integers()),
+)
+def test_what_a_tuning_is_of_is_read_beside_what_it_is(end: int, at: int, others: dict[str, int]) -> None:
+    tune = wire.Tune(digest="d", start=end - 1, end=end, at=at)
+    assert wire.Tune.from_fields(travelled({**others, **tune.to_fields()})) == tune
+
+
+@given(name=st.sampled_from(["digest", "start", "end", "at"]), junk=JUNK)
+def test_anything_else_that_a_tuning_may_be_of_is_read_or_refused(name: str, junk: Any) -> None:
+    tune = wire.Tune(digest="d", start=0, end=4, at=0)
+    try:
+        read = wire.Tune.from_fields(tune.to_fields() | {name: junk})
+    except RemoteProtocolError:
+        return
+    assert 0 <= read.start < read.end and 0 <= read.at <= wire.MAX_NUMBERS and len(read.digest) <= 64
+
+
+@given(name=st.sampled_from(["form", "codecs", "measures", "tuned"]), junk=JUNK)
 def test_anything_else_is_read_or_refused(name: str, junk: Any) -> None:
     try:
         asked = Open.from_fields(ASKED.to_fields() | {name: junk})
@@ -86,7 +108,7 @@ def test_anything_else_is_read_or_refused(name: str, junk: Any) -> None:
     assert len(asked.form) <= MAX_FORM_CHARACTERS
     assert len(asked.codecs) <= MAX_CODECS
     assert all(len(codec) <= MAX_CODEC_CHARACTERS for codec in asked.codecs)
-    assert asked.measures in (True, False)
+    assert asked.measures in (True, False) and asked.tuned in (True, False)
 
 
 @given(name=st.sampled_from(["form", "tokens", "bytes", "error"]), junk=JUNK)
