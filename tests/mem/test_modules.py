@@ -113,15 +113,20 @@ async def _be_member(
 
 @asynccontextmanager
 async def members(
-    count: int, folder: Path, settings: ModuleSettings | None = None, *, network: MemoryNetwork | None = None
+    count: int,
+    folder: Path,
+    settings: ModuleSettings | None = None,
+    *,
+    network: MemoryNetwork | None = None,
+    bootstrap: Sequence[PeerAddress] = (),
 ) -> AsyncIterator[list[Member]]:
-    """Servers that have met the first."""
+    """Servers that have met the first one, or ``bootstrap``."""
     network = network or MemoryNetwork()
     async with trio.open_nursery() as nursery:
         found: list[Member] = []
         for number in range(1, count + 1):
-            bootstrap = found[0].host.peer_addresses if found else []
-            found.append(await nursery.start(_be_member, number, network, bootstrap, folder, settings))
+            known = bootstrap or (found[0].host.peer_addresses if found else [])
+            found.append(await nursery.start(_be_member, number, network, known, folder, settings))
         yield found
         nursery.cancel_scope.cancel()
 
