@@ -11,7 +11,7 @@ from tests.bench import report
 
 NOT_BENCHMARKS = {
     *("__init__", "__main__", "report", "processes"),
-    *("child", "children", "generating", "links", "prompts", "storm"),  # of faults and generate
+    *("child", "children", "generating", "links", "prompts", "storm", "training"),  # of faults, generate, tune
 }
 
 
