@@ -60,6 +60,10 @@ class Command:
     def json(self) -> Any:
         return json.loads(self.line())
 
+    def error_line(self) -> str:
+        """The next line of standard error, without its end."""
+        return self._read_line(self._popen.stderr).rstrip("\n")
+
     def send(self, number: signal.Signals) -> None:
         """Send a signal, and go on."""
         self._popen.send_signal(number)

@@ -20,7 +20,7 @@ from client.tuning.methods import ClassificationHead, DeepPromptTuning, LoRA, Pr
 from client.tuning.training.folder import own_folder
 from tests.tuned_locally import LocalTuned, tiny_tokenizer
 
-DIGEST = "ab" * 32
+DIGEST, PARENT = "ab" * 32, "cd" * 32
 PEER = "12D3KooWPjceQrSwdWXPyLLeABRXmuqt69Rg3sBYbU1Nft9HyQ6X"
 DATA = Path(__file__).parents[1] / "data"
 
@@ -49,6 +49,7 @@ class LocalSwarm:
         made = LocalTuned(**how)
         made.tuned.methods = methods  # type: ignore[assignment]
         made.served = SimpleNamespace(name=name, digest=DIGEST)  # type: ignore[attr-defined]
+        made.parent = PARENT if module == "mine@cdcdcdcd" else None  # type: ignore[attr-defined]
         made.tokenizer = tiny_tokenizer()  # type: ignore[attr-defined]
         return _Counting(made, self)
 
@@ -201,11 +202,14 @@ def test_what_was_interrupted_goes_on_bit_for_bit(
 
 
 def test_a_module_is_trained_further(swarm: LocalSwarm, texts: Path, tmp_path: Path) -> None:
-    out, digest = tmp_path / "out", "cd" * 32
-    tune("--data", texts, "--out", out, "--module", f"mine@{digest}", *QUICK, "--steps", "2")
-    assert swarm.asked[0]["module"] == f"mine@{digest}"
-    described = json.loads((out / "raceme.json").read_text())
-    assert (described["method"], described["parent"]) == ("lora", digest)
+    """Its lineage is kept, also through a folder that was not published."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    tune("--data", texts, "--out", first, "--module", "mine@cdcdcdcd", *QUICK, "--steps", "2")
+    assert swarm.asked[0]["module"] == "mine@cdcdcdcd"
+    tune("--data", texts, "--out", second, "--module", first, *QUICK, "--steps", "2")
+    for out in (first, second):
+        described = json.loads((out / "raceme.json").read_text())
+        assert (described["method"], described["parent"]) == ("lora", PARENT)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from client.errors import InvalidInput
+from client.modules import Description, is_path
 from client.tuning.methods import (
     ClassificationHead,
     DeepPromptTuning,
@@ -39,7 +40,6 @@ NAMES: Final[Mapping[type, str]] = {
 LEARNING_RATES: Final = {"lora": 2e-3, "prompt": 3e-2, "deep-prompt": 3e-2, "head": 1e-2}
 MAX_WARMUP_STEPS: Final = 100
 FROZEN: Final = "frozen_held_out_loss"
-HASH_DIGITS: Final = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,15 +186,14 @@ def tune(swarm: Swarm, task: Task, *, as_json: bool) -> int:
             shown.say_surely(f"{error}: the same command again goes on from there")
             return console.EXIT_INTERRUPTED
     told = _told(outcome, training.notes)
-    write_module(
-        model,
-        task.out,
-        name=model.served.name,
-        digest=model.served.digest,
+    description = Description(
+        model=model.served.name,
+        model_digest=model.served.digest,
         method="+".join(names),
         metrics={name: float(value) for name, value in told.items()},
-        parent=_parent(task.module),
+        parent=model.parent or _parent(task.module),
     )
+    write_module(model, task.out, description)
     if as_json:
         out = {"out": str(task.out), "model": model.served.name, "method": "+".join(names)}
         run = {"went_on_after": outcome.began_at, "tokens_per_s": outcome.tokens_per_s}
@@ -255,9 +254,13 @@ def _evaluate_frozen(swarm: Swarm, task: Task, held_out: Examples, pad: int) -> 
 
 
 def _parent(module: str | None) -> str | None:
-    """The hash of what was trained further, if it is a published module."""
-    digits = (module or "").rpartition("@")[2]
-    return digits if len(digits) == HASH_DIGITS else None
+    """The hash of the published module that a folder's was trained from, if that is what was trained further.
+
+    Raises:
+        ModuleError: the folder's description makes no sense.
+    """
+    description = Description.read(Path(module)) if module is not None and is_path(module) else None
+    return None if description is None else description.parent
 
 
 def _told(outcome: Outcome, notes: Mapping[str, Any]) -> dict[str, float | int]:

@@ -9,21 +9,17 @@ raceme.json              what was trained on what, and how well
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
 
 from client.errors import InvalidInput
-from client.tuning.training.checkpoints import PART_SUFFIX, replace_file
+from client.modules import DESCRIPTION_FILE, Description
+from client.tuning.training.checkpoints import PART_SUFFIX
 from client.tuning.training.loop import CHECKPOINT_FILE, CURVE_FILE, Tunable
-
-DESCRIPTION_FILE: Final = "raceme.json"
-DESCRIPTION_VERSION: Final = 1
 
 
 @contextmanager
@@ -49,25 +45,13 @@ def own_folder(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def write_module(
-    model: Tunable,
-    folder: Path,
-    *,
-    name: str,
-    digest: str,
-    method: str,
-    metrics: Mapping[str, float],
-    parent: str | None,
-) -> None:
-    """Put what was trained into the training's folder.
+def write_module(model: Tunable, folder: Path, description: Description) -> None:
+    """Put what was trained into the training's folder; what describes it comes last.
 
     Args:
         model: Has it.
         folder: The training's.
-        name, digest: Of the model below.
-        method: Such as ``lora``.
-        metrics: Finite numbers.
-        parent: Hash of the published module that it was trained from.
+        description: What to say of it.
 
     Raises:
         OSError: It cannot be written.
@@ -75,16 +59,8 @@ def write_module(
     made = Path(tempfile.mkdtemp(prefix=".module.", suffix=PART_SUFFIX, dir=folder))
     try:
         model.save_pretrained(str(made))
-        for path in made.iterdir():
+        description.write(made)
+        for path in sorted(made.iterdir(), key=lambda path: (path.name == DESCRIPTION_FILE, path.name)):
             path.replace(folder / path.name)
     finally:
         shutil.rmtree(made, ignore_errors=True)
-    told = {
-        "version": DESCRIPTION_VERSION,
-        "model": name,
-        "model_digest": digest,
-        "method": method,
-        "metrics": dict(metrics),
-        "parent": parent,
-    }
-    replace_file(folder / DESCRIPTION_FILE, (json.dumps(told, indent=2, allow_nan=False) + "\n").encode())
