@@ -38,7 +38,7 @@ PATIENCE: Final = 4.0  # times what is usual
 SILENCE_S: Final = 2.0  # after that question, without a word
 QUEUE_BYTES: Final = 512 * 1024  # what may lie before that question on a slow line
 STALL_S: Final = 15.0  # without taking any of what is sent
-CALL_S: Final = 600.0  # for one call, whatever the node says
+CALL_S: Final = 600.0  # from when all of a call has been sent until its answer begins, whatever the node says
 
 
 @dataclass(kw_only=True, eq=False)
@@ -191,7 +191,7 @@ class CallStream:
             sent.set()
             if (pending.answer is None or pending.sent_at is None) and self._nursery is not None:
                 pending.unwanted = True
-                self._nursery.start_soon(self._tell_cancelled, self._parcels, pending.number)
+                self._nursery.start_soon(self._tell_cancelled, self._parcels, pending)
         if pending.answer is None:
             raise self._failed()
         if "e" not in pending.answer.header:
@@ -298,15 +298,26 @@ class CallStream:
         pending.sent_at = pending.seen_at = trio.current_time()
         sent.set()
 
-    async def _tell_cancelled(self, parcels: ParcelStream, number: int) -> None:
-        await parcels.send(Message(header={"m": "cancel", "id": next(self._numbers), "of": number}))
+    async def _tell_cancelled(self, parcels: ParcelStream, pending: _Pending) -> None:
+        """That a call is wanted no longer. It is answered all the same, unless nothing of it had been sent: the node
+        says so, when it is asked where that call is.
+        """
+        await parcels.send(Message(header={"m": "cancel", "id": next(self._numbers), "of": pending.number}))
+        if pending.number in self._calls:
+            pending.sent_at = pending.seen_at = trio.current_time()  # no more of it will be
+            await self._ask_place(parcels, pending)
+
+    async def _ask_place(self, parcels: ParcelStream, pending: _Pending) -> None:
+        number = next(self._numbers)
+        self._asked[number] = pending.number, trio.current_time()
+        await parcels.send(Message(header={"m": "where", "id": number, "of": pending.number}))
 
     def _answer_limit(self, header: Mapping[str, Any]) -> int:
         """How many bytes an answer may have."""
         pending = self._calls.get(read_id(header))
         if pending is None:
             raise errors.RemoteProtocolError("answers what was not asked")
-        return -1 if pending.unwanted else pending.limit
+        return pending.limit
 
     async def _read(self) -> None:
         while self._parcels is not None and (message := await self._parcels.receive()) is not None:
@@ -330,7 +341,7 @@ class CallStream:
         raise errors.ConnectionLost("the node ended the stream")
 
     def _note_time(self, pending: _Pending) -> None:
-        if pending.amount and pending.sent_at is not None:
+        if pending.amount and pending.sent_at is not None and not pending.unwanted:
             took = (trio.current_time() - pending.sent_at) / pending.amount
             before = self._usual.get(pending.method, took)
             self._usual[pending.method] = (3 * before + took) / 4
@@ -363,10 +374,11 @@ class CallStream:
             return
         self.connection.mux.check()
         sent = [call for call in self._calls.values() if call.sent_at is not None]
-        if any(now - call.began_at > CALL_S for call in sent):
+        late = [call for call in sent if call.sent_at is not None and now - call.sent_at > CALL_S]
+        if not all(self._parcels.is_coming(call.number) for call in late):  # how fast that comes is looked at there
             raise self._given_up(f"no answer in {CALL_S:g} s")
         life = max(self._parcels.heard_at, self._parcels.handed_at)
-        sending = [call for call in self._calls.values() if call.sent_at is None and not call.unwanted]
+        sending = [call for call in self._calls.values() if call.sent_at is None]
         if any(now - max(life, call.began_at) > STALL_S for call in sending):
             raise self._given_up(f"takes nothing of what is sent, for {STALL_S:g} s")
         speed = self._parcels.line.bytes_per_s
@@ -375,12 +387,9 @@ class CallStream:
             raise self._given_up(f"hangs: does not say where a call is, for {silence:.1f} s")
         if self._asked:
             return
-        late = min(sent, key=lambda call: call.seen_at, default=None)
-        if late is not None and now - late.seen_at > self._patience(late):
-            number = next(self._numbers)
-            self._asked[number] = late.number, now
-            question = Message(header={"m": "where", "id": number, "of": late.number})
-            self._nursery.start_soon(self._parcels.send, question)
+        first = min(sent, key=lambda call: call.seen_at, default=None)
+        if first is not None and now - first.seen_at > self._patience(first):
+            self._nursery.start_soon(self._ask_place, self._parcels, first)
 
     def _patience(self, call: _Pending) -> float:
         """Seconds before the node is asked where this one is."""
@@ -396,7 +405,10 @@ class CallStream:
         pending = self._calls.get(about)
         if pending is None:
             return
-        if state == "unseen":
+        if state == "unseen" and pending.unwanted:  # nothing of it had been sent
+            del self._calls[about]
+            self._note_freed()
+        elif state == "unseen":
             raise self._given_up("has lost a call")
         pending.seen_at = trio.current_time()
 

@@ -8,7 +8,8 @@ and its fields, or ``"e"`` (a code), ``"why"`` and perhaps ``"retry_after_s"``. 
     forward   {"digest", "start", "end", "rows", "tokens", "form", "key"?} + hidden   -> {} + hidden
     backward  the same + hidden, gradient                    -> {} + gradient of hidden [+ gradient of flat [n], f32]
     where     {"of"}                                         -> {"state"}, at once: waiting, running or unseen
-    cancel    {"of"}                                         -> nothing; the call is answered, if it was not already
+    cancel    {"of"}                                         -> nothing; the call is answered, if it was not already,
+                                                                and anything of it had come
 
 **Hidden states**, and gradients with respect to them, are [rows, tokens, d], as bytes (``u8``, [n]) of the form that
 the question names, without compression; see ``compute.wire_forms``.

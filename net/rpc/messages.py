@@ -17,7 +17,12 @@ Pieces = list[bytes | bytearray | memoryview]
 
 
 class MessageStream:
-    """See the module. One task reads; several may send, whose messages are never mixed."""
+    """See the module. One task reads; several may send, whose messages are never mixed.
+
+    Attributes:
+        line: How fast the connection below is, as far as that shows.
+        heard_at: When anything last came, if only a part of a message, in trio's time.
+    """
 
     def __init__(self, stream: Stream, line: LineSpeed | None = None) -> None:
         """Take a stream.
@@ -28,6 +33,7 @@ class MessageStream:
         """
         self._stream = stream
         self.line = line or LineSpeed()
+        self.heard_at = trio.current_time()
         self._waits = Waits(self.line)
         self._decoder = Decoder()
         self._ready: list[Message] = []
@@ -80,6 +86,7 @@ class MessageStream:
                 if self._decoder.is_inside_message:
                     raise errors.ConnectionLost("the stream ended inside a message")
                 return None
+            self.heard_at = trio.current_time()
             received += len(data)
             self._ready = self._decoder.receive_data(data)
         return self._ready.pop(0)

@@ -21,7 +21,6 @@ class ParcelStream:
     Attributes:
         line: How fast the connection below is, as far as that shows.
         handed_at: When a message was last handed over, in trio's time.
-        heard_at: When one last came, if only a piece of a parcel.
     """
 
     def __init__(
@@ -50,7 +49,12 @@ class ParcelStream:
         self._wake = trio.Event()
         self._stopped_at = trio.current_time()  # when we last stopped reading
         self.line = self._messages.line
-        self.handed_at = self.heard_at = self._stopped_at
+        self.handed_at = self._stopped_at
+
+    @property
+    def heard_at(self) -> float:
+        """When anything last came, if only a part of a piece of a parcel, in trio's time."""
+        return self._messages.heard_at
 
     async def run(self) -> None:
         """Send what there is until cancelled.
@@ -110,8 +114,7 @@ class ParcelStream:
                     if self._assembler.is_inside:
                         raise errors.ConnectionLost("the stream ended inside a parcel")
                     return None
-                self.heard_at = trio.current_time()
-                whole = self._assembler.receive(message, self.heard_at)
+                whole = self._assembler.receive(message, trio.current_time())
                 if whole is not None:
                     return whole
         finally:

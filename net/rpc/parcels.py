@@ -173,7 +173,7 @@ class Assembler:
         Args:
             max_parcels: How many may have begun and not ended.
             limit: How many bytes of tensors a parcel with these fields may have; raises RemoteProtocolError where
-                none is expected. A negative number: it is passed over. Messages that are whole are not asked about.
+                none is expected. Messages that are whole are not asked about.
             take: Asked before so many more bytes of tensors are kept. ``False``: there is no room.
             give_back: Told that so many bytes are kept no longer. Those of whole messages are not given back here.
         """
@@ -241,12 +241,9 @@ class Assembler:
         if len(self._open) >= self._max_parcels:
             raise RemoteProtocolError(f"more than {self._max_parcels} parcels at once")
         limit = self._limit(header)
-        if 0 <= limit < size:
+        if size > limit:
             raise RemoteProtocolError(f"a parcel of {size} bytes: at most {limit} are read")
-        parcel = _Incoming(header=header, specs=specs, size=size, began=now)
-        if limit < 0:
-            parcel.data = None
-        self._open[number] = parcel
+        self._open[number] = _Incoming(header=header, specs=specs, size=size, began=now)
 
     def _piece(self, message: Message) -> Message | NoRoom | None:
         number = packing.integer(message.header, "piece", 1, MAX_NUMBER)

@@ -13,6 +13,7 @@ import torch
 import trio
 from trio.testing import MockClock
 
+import client.tuning.call_stream
 import client.tuning.calls
 from client.errors import InvalidInput
 from client.routing import Hop
@@ -60,7 +61,7 @@ class FakeNode:
         streams: How many were opened.
         call_s: How long a call takes.
         refusals: What it says instead, one after another.
-        state: What it says about a call; ``None``: nothing.
+        state: What it says about a call that it has; ``None``: nothing.
         does: What it does with the next calls instead of answering, one after another.
         keys: Of tunings that it has.
         stream: The last one.
@@ -75,6 +76,7 @@ class FakeNode:
     call_s: float = 0.0
     refusals: list[RpcError] = field(default_factory=list)
     state: str | None = "running"
+    has: set[int] = field(default_factory=set)
     does: list[Answer] = field(default_factory=list)
     keys: set[bytes] = field(default_factory=set)
     stream: Stream | None = None
@@ -95,8 +97,11 @@ class FakeNode:
                     refusal = lane.refusal(RpcError("busy", "full", 1.0))
                     await parcels.send(Message(header={**refusal, "id": message.header["id"]}))
                     continue
-                if message.header["m"] == "cancel":
-                    parcels.drop(message.header["of"])
+                if message.header["m"] == "cancel" and parcels.is_coming(number := message.header["of"]):
+                    parcels.drop(number)
+                    refusal = lane.refusal(RpcError("cancelled", "it was cancelled"))
+                    await parcels.send(Message(header={**refusal, "id": number}))
+                self.has.add(message.header["id"])
                 nursery.start_soon(self._answer, parcels, message)
             nursery.cancel_scope.cancel()
 
@@ -118,7 +123,8 @@ class FakeNode:
             return
         if method == "where":
             if self.state is not None:
-                await parcels.send(Message(header={"id": number, "state": self.state}))
+                state = self.state if message.header["of"] in self.has else "unseen"
+                await parcels.send(Message(header={"id": number, "state": state}))
             return
         try:
             answer = await self._call(method, message)
@@ -126,6 +132,7 @@ class FakeNode:
             answer = Message(header=lane.refusal(error))
         if answer is not None:
             await parcels.send(Message(header={**answer.header, "id": number}, tensors=answer.tensors))
+            self.has.discard(number)
 
     async def _call(self, method: str, message: Message) -> Message | None:
         if method == "tune":
@@ -504,7 +511,7 @@ async def test_whoever_goes_away_while_it_is_sent_sends_no_more(
             nursery.cancel_scope.cancel()
         assert torch.equal(await it.forward(), HIDDEN)
         assert sum(came) < large.numel() * 4
-        assert sorted(it.node.asked) == ["cancel", "forward", "forward"]
+        assert (it.node.count("forward"), it.node.count("cancel")) == (2, 1)
         assert it.node.streams == 1
 
 
@@ -519,8 +526,75 @@ async def test_what_is_refused_while_it_is_sent_is_sent_no_further(
         began = trio.current_time()
         assert torch.equal(await it.caller.forward(it.hop, DIGEST, large, None), large)
         assert trio.current_time() - began == pytest.approx(1.0, abs=0.1)  # as it was told
-        assert sorted(it.node.asked) == ["cancel", "forward"]
+        assert (it.node.count("forward"), it.node.count("cancel")) == (1, 1)
         assert sum(came) < 2 * large.numel() * 4
+
+
+async def test_whoever_goes_away_before_anything_is_sent_leaves_room_for_others(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hold(*_: object) -> None:
+        await trio.sleep_forever()
+
+    async with world() as it:
+        await it.forward()
+        [stream] = it.caller._streams.values()
+        with monkeypatch.context() as patched, trio.move_on_after(1):
+            patched.setattr(stream, "_hand_over", hold)  # others' calls are being sent
+            async with trio.open_nursery() as nursery:
+                for _ in range(wire.MAX_CALLS):
+                    nursery.start_soon(it.forward)
+        assert it.node.count("forward") == 1
+        with trio.fail_after(1):
+            assert torch.equal(await it.forward(), HIDDEN)
+        await trio.sleep(1)
+        assert not stream._calls
+        assert it.node.streams == 1
+
+
+async def test_a_long_answer_that_nobody_waits_for_leaves_nothing_behind(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.tuning.calls, "LONG_BYTES", math.inf)  # this clock does not wait for threads
+    async with world() as it:
+
+        async def answer(message: Message) -> Message:
+            await trio.sleep(2)
+            assert it.node.cancelled  # too late: it is about to be sent
+            return Message(header={}, tensors=[message.tensors[-1]])
+
+        it.node.does = [answer]
+        with trio.move_on_after(1):
+            await it.caller.forward(it.hop, DIGEST, torch.ones(4, 100, 1024), None)
+        await trio.sleep(10)
+        [stream] = it.caller._streams.values()
+        assert not stream._calls
+        assert torch.equal(await it.forward(), HIDDEN)
+        assert it.node.streams == 1
+
+
+async def test_a_node_that_hangs_is_noticed_though_nobody_waits_any_more(autojump_clock: MockClock) -> None:
+    async def hang(_: Message) -> None:
+        return None
+
+    async with world(state=None, does=[hang] * wire.MAX_CALLS) as it:
+        with trio.move_on_after(1):
+            async with trio.open_nursery() as nursery:
+                for _ in range(wire.MAX_CALLS):
+                    nursery.start_soon(it.forward)
+        assert await it.fails("hangs") <= SILENCE_S + 1.0
+        assert torch.equal(await it.forward(), HIDDEN)
+
+
+async def test_an_answer_that_takes_long_to_come_has_its_time(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.tuning.calls, "LONG_BYTES", math.inf)  # this clock does not wait for threads
+    monkeypatch.setattr(client.tuning.call_stream, "CALL_S", 5.0)
+    async with world() as it:
+        it.node.line.bytes_per_s = 200_000
+        large = torch.ones(8, 100, 1024)  # 3 MiB, which take 16 s
+        assert torch.equal(await it.caller.forward(it.hop, DIGEST, large, None), large)
 
 
 @pytest.mark.parametrize(

@@ -250,14 +250,6 @@ def test_what_there_is_no_room_for_is_passed_over_and_the_rest_goes_on() -> None
     assert isinstance(whole.receive(Message(header={"id": 3}, tensors=[NINE]), 0.0), NoRoom)
 
 
-def test_one_that_nobody_wants_is_passed_over_without_a_word() -> None:
-    whole = assembler(limit=-1, take=lambda _: False)
-    assert whole.receive(begin(1, U8), 0.0) is None
-    assert whole.is_inside and not whole.is_coming(1)
-    assert whole.receive(piece(1, 0, EIGHT), 0.0) is None
-    assert not whole.is_inside
-
-
 def test_whoever_begins_one_must_go_on_at_a_decent_pace() -> None:
     whole = assembler()
     whole.receive(begin(1, ["u8", [3000]]), 10.0)
