@@ -41,6 +41,7 @@ __all__ = ["Training"]
 logger = logging.getLogger(__name__)
 
 IDLE_S: Final = 600.0  # a stream on which nothing is asked for
+ANSWER_S: Final = 1800.0  # for an answer to be read: who is slower holds what others need
 NODE_BYTES: Final = 1 << 30  # of calls that have come and were not answered; a call takes some times that while it runs
 PEER_BYTES: Final = wire.MAX_CALL_BYTES
 TUNING_BYTES: Final = 1 << 30  # of all tunings
@@ -84,12 +85,13 @@ class Room:
 
 
 class Tunings:
-    """Those of all streams: of each the last few, and where there are too many, fewer of those that have the most."""
+    """Those of all streams: of each the last few, and where there are too many, fewer of the peer that has the most."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._kept: dict[object, OrderedDict[bytes, tuple[SpanTuning, int]]] = {}
-        self._bytes: Counter[object] = Counter()
+        self._peers: dict[object, PeerId] = {}  # by stream
+        self._bytes: Counter[PeerId] = Counter()
 
     def get(self, stream: object, key: bytes) -> SpanTuning | None:
         """One of a stream's own, which is kept the longer for it."""
@@ -99,31 +101,35 @@ class Tunings:
         kept.move_to_end(key)
         return kept[key][0]
 
-    def put(self, stream: object, key: bytes, tuning: SpanTuning, size: int) -> None:
-        """Keep one, of so many bytes; others may go for it, of whichever stream has most."""
+    def put(self, stream: object, peer_id: PeerId, key: bytes, tuning: SpanTuning, size: int) -> None:
+        """Keep one of a peer's stream, of so many bytes; others may go for it, of whichever peer has most."""
         kept = self._kept.setdefault(stream, OrderedDict())
+        self._peers[stream] = peer_id
         if key in kept:
-            self._bytes[stream] -= kept.pop(key)[1]
+            self._bytes[peer_id] -= kept.pop(key)[1]
         kept[key] = tuning, size
-        self._bytes[stream] += size
+        self._bytes[peer_id] += size
         while len(kept) > wire.MAX_TUNINGS:
             self._drop_oldest(stream)
         while self._bytes.total() > self._max_bytes:
             others = [each for each in self._kept if each is not stream or len(kept) > 1]
             if not others:
                 break
-            self._drop_oldest(max(others, key=self._bytes.__getitem__))
+            self._drop_oldest(max(others, key=lambda each: self._bytes[self._peers[each]]))
 
     def forget(self, stream: object) -> None:
         """The stream is over."""
-        self._kept.pop(stream, None)
-        del self._bytes[stream]
+        while stream in self._kept:
+            self._drop_oldest(stream)
 
     def _drop_oldest(self, stream: object) -> None:
-        _, (_, size) = self._kept[stream].popitem(last=False)
-        self._bytes[stream] -= size
-        if not self._kept[stream]:
-            self.forget(stream)
+        kept, peer_id = self._kept[stream], self._peers[stream]
+        _, (_, size) = kept.popitem(last=False)
+        self._bytes[peer_id] -= size
+        if not kept:
+            del self._kept[stream], self._peers[stream]
+        if not self._bytes[peer_id]:
+            del self._bytes[peer_id]
 
 
 class Training:
@@ -138,7 +144,7 @@ class Training:
         """Answer a client's calls until its stream ends, or nothing is asked for too long.
 
         Raises:
-            RemoteProtocolError: no parcels come, or they come or our answers are read too slowly.
+            RemoteProtocolError, TooSlowError: no parcels come, or they come or our answers are read too slowly.
             StreamReset, ConnectionLost: the stream is broken.
         """
         await _Talk(self, connection, stream).serve()
@@ -154,7 +160,7 @@ class _Call:
         state: As ``where`` is told.
         scope: Of the work.
         cancelled: Whether the client wants it no longer.
-        size: Bytes of its tensors, held until it has been answered.
+        size: Bytes of its tensors or of its answer's, whichever are more, held until it has been answered.
         tunes: The key of the tuning that it brings.
     """
 
@@ -255,7 +261,8 @@ class _Talk:
         try:
             answer = await self._try(call)
             call.state = "running"
-            await self._parcels.send(Message(header={**answer.header, "id": call.number}, tensors=answer.tensors))
+            with trio.fail_after(ANSWER_S):
+                await self._parcels.send(Message(header={**answer.header, "id": call.number}, tensors=answer.tensors))
         finally:
             self._give_back(call.size)
             del self._calls[call.number]
@@ -291,6 +298,8 @@ class _Talk:
         serving = self._training.node.serving_for(work)
         with refusals(serving.metrics), serving.call(call.scope):
             form = Form.read(work.form)
+            if method == "backward" and tuning is not None:
+                self._hold_answer(call, call.size // count + tuning.n_bytes)
             states = await _take_states(call, form, work, serving.span.config.hidden_size)
             call.state = "running"
             asked = {"peer": self._peer_id, "start": work.start, "end": work.end, "tuning": tuning}
@@ -328,7 +337,7 @@ class _Talk:
             if [(each.dtype, each.shape) for each in tensors] != [("f32", (count,))]:
                 raise BadInput("bad-shape", f"such a tuning is {count} numbers in f32")
             tuning = await converted(lambda: _tuning(tune, form, serving.span.config, tensors[0]), tensors[0])
-        self._training.tunings.put(self, tune.key, tuning, tensors[0].n_bytes)
+        self._training.tunings.put(self, self._peer_id, tune.key, tuning, tensors[0].n_bytes)
         return Message(header={})
 
     def _hold(self, count: int) -> bool:
@@ -336,6 +345,16 @@ class _Talk:
             return False
         self._held += count
         return True
+
+    def _hold_answer(self, call: _Call, size: int) -> None:
+        """Raises:
+        RpcError: there is no room for so large an answer.
+        """
+        more = size - call.size
+        if more > 0:
+            if not self._hold(more):
+                raise RpcError("busy", "too much is being answered", RETRY_AFTER_S)
+            call.size += more
 
     def _give_back(self, count: int) -> None:
         self._held -= count

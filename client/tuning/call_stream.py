@@ -46,7 +46,7 @@ class _Pending:
     """A question that was not answered yet.
 
     Attributes:
-        size: Bytes of its tensors.
+        size: Bytes of its tensors or of its answer's, whichever are more: the node has to have room for them.
         limit: Bytes that the answer's tensors may have.
         amount: Of work, in any unit; 0: the time that it takes says nothing.
         done: Set when there is an answer, or none will come.
@@ -171,7 +171,7 @@ class CallStream:
         limit: int,
         amount: float = 0.0,
     ) -> Message:
-        size = sum(tensor.n_bytes for tensor in tensors)
+        size = max(limit, sum(tensor.n_bytes for tensor in tensors))
         await self._opened.wait()
         async with self._turn:
             while self._failure is None and not self._has_room(size):

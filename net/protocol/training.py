@@ -23,7 +23,9 @@ A client has at most 4 questions under way (``where`` and ``cancel`` not counted
 that it has cancelled counts until it is answered. Of a call that is cancelled while it is being sent, or refused, no
 more need be sent: ``cancel`` ends it.
 
-A node keeps nothing between two calls. Refusals: those of ``net.protocol.session``, and ``no-tuning``, ``cancelled``.
+A node keeps nothing between two calls. It holds as many bytes for a call as its question or its answer carries,
+whichever are more, and puts off (``busy``) what it has no room for. Refusals: those of ``net.protocol.session``, and
+``no-tuning``, ``cancelled``.
 """
 
 from __future__ import annotations

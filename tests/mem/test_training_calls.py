@@ -14,6 +14,7 @@ import torch
 import trio
 import trio.testing
 
+import compute.training
 from client.routing import Hop
 from client.tuning.calls import RemoteCaller
 from compute.checkpoint import Checkpoint
@@ -541,6 +542,31 @@ async def test_what_there_is_no_room_for_is_put_off(folder: Path) -> None:
         assert client.training.room.taken == 0
 
 
+async def test_the_gradient_of_a_tuning_is_held_as_what_is_asked_is(folder: Path) -> None:
+    async with swarm_of(folder, [(0, 4)]) as swarm, raw_client(swarm) as client:
+        tuning, three = tuning_of(folder, ALL, 0, 4), 3 * WIDTH * 4
+        fields = {"m": "tune", "digest": client.digest, "start": 0, "end": 4, "key": tuning.key, **ALL.to_fields()}
+        assert "e" not in (await client.ask(fields, flat_tensor(tuning.flat()))).header
+        backward = {**client.work(), "m": "backward", "key": tuning.key}
+        client.training.room = Room(1 << 30, tuning.n_bytes + three - 1)
+        answer = await client.ask(backward, hidden_bytes(1, 3), hidden_bytes(1, 3))
+        assert (answer.header["e"], answer.header["retry_after_s"]) == ("busy", 1.0)
+        assert "e" not in (await client.ask({**backward, "m": "forward"}, hidden_bytes(1, 3))).header
+        client.training.room = Room(1 << 30, tuning.n_bytes + three)
+        answer = await client.ask(backward, hidden_bytes(1, 3), hidden_bytes(1, 3))
+        assert [tensor.n_bytes for tensor in answer.tensors] == [three, tuning.n_bytes]
+        assert client.training.room.taken == 0
+
+
+async def test_an_answer_that_is_not_read_ends_the_stream(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute.training, "ANSWER_S", 0.0)  # nobody reads as fast as that
+    async with swarm_of(folder, [(0, 4)]) as swarm, raw_client(swarm) as client:
+        await client.send({**client.work(), "id": 1}, hidden_bytes(1, 3))
+        with pytest.raises((StreamReset, ConnectionLost)):
+            await client.receive()
+        assert client.training.room.taken == 0
+
+
 async def test_no_more_than_four_are_read(folder: Path) -> None:
     async with swarm_of(folder, [(0, 4)]) as swarm, raw_client(swarm) as client:
         gate = Gate(swarm.nodes[0])
@@ -631,19 +657,30 @@ def test_room_is_for_all_and_for_each() -> None:
 
 def test_where_tunings_are_too_large_those_who_have_most_lose_the_oldest(folder: Path) -> None:
     tuning, tunings = tuning_of(folder, QKV, 0, 1), Tunings(100)
+    one, other, third = (Identity.generate(bytes([n]) * 32).peer_id for n in (1, 2, 3))
     for key, size in ((b"a", 30), (b"b", 30)):
-        tunings.put("one", key, tuning, size)
-    tunings.put("other", b"c", tuning, 35)
+        tunings.put("one", one, key, tuning, size)
+    tunings.put("other", other, b"c", tuning, 35)
     assert tunings.get("one", b"a") is tuning
-    tunings.put("other", b"d", tuning, 20)  # the other one has 55 now, the first one 60
+    tunings.put("other", other, b"d", tuning, 20)  # the other one has 55 now, the first one 60
     assert [tunings.get("one", key) is None for key in (b"a", b"b")] == [False, True]
     assert tunings.get("one", b"c") is None
     assert [tunings.get("other", key) is None for key in (b"c", b"d")] == [False, False]
     tunings.forget("other")
     tunings.forget("other")
-    tunings.put("one", b"a", tuning, 70)
-    tunings.put("one", b"b", tuning, 20)
+    tunings.put("one", one, b"a", tuning, 70)
+    tunings.put("one", one, b"b", tuning, 20)
     assert [tunings.get("one", key) for key in (b"a", b"b")] == [tuning, tuning]
-    tunings.put("third", b"e", tuning, 100)
+    tunings.put("third", third, b"e", tuning, 100)
     assert [tunings.get("one", key) for key in (b"a", b"b")] == [None, None]
     assert tunings.get("third", b"e") is tuning  # what has just come is never what goes
+
+
+def test_who_has_many_streams_has_no_more_room_for_tunings(folder: Path) -> None:
+    tuning, tunings = tuning_of(folder, QKV, 0, 1), Tunings(100)
+    one, other = (Identity.generate(bytes([n]) * 32).peer_id for n in (1, 2))
+    tunings.put("mine", one, b"a", tuning, 40)
+    for number in range(10):
+        tunings.put(number, other, b"b", tuning, 20)
+        assert tunings.get("mine", b"a") is tuning
+    assert sum(tunings.get(number, b"b") is not None for number in range(10)) == 3
