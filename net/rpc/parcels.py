@@ -30,6 +30,8 @@ MAX_PARCEL_BYTES: Final = 1 << 40  # for dimensions to be numbers at all; who re
 MAX_NUMBER: Final = 2**53
 MIN_BYTES_PER_S: Final = 1024  # once a parcel has begun: slower senders are cut off
 FIRST_BYTES_S: Final = 5.0
+LEAD_S: Final = 120.0  # who was quick may rest, but not for ever: what has come of a parcel takes room
+PARCEL_S: Final = 1800.0  # for a whole one
 _RESERVED: Final = frozenset({"p", "piece", "at", "t"})
 
 
@@ -143,18 +145,25 @@ class NoRoom:
 
 @dataclass(kw_only=True, eq=False)
 class _Incoming:
-    """A parcel that has begun; ``data`` is ``None`` if nobody wants it any more."""
+    """A parcel that has begun; ``data`` is ``None`` if nobody wants it any more.
+
+    Attributes:
+        deadline: When more must have come.
+        end: When all must have come.
+    """
 
     header: dict[str, Any]
     specs: list[tuple[str, tuple[int, ...]]]
     size: int
+    deadline: float
+    end: float
     data: bytearray | None = field(default_factory=bytearray)
     received: int = 0
-    began: float
 
-    @property
-    def deadline(self) -> float:
-        return self.began + FIRST_BYTES_S + self.received / MIN_BYTES_PER_S
+    def receive(self, count: int, now: float) -> None:
+        """So many bytes have come."""
+        self.received += count
+        self.deadline = min(self.deadline + count / MIN_BYTES_PER_S, now + LEAD_S, self.end)
 
 
 class Assembler:
@@ -196,7 +205,8 @@ class Assembler:
     def postpone(self, seconds: float) -> None:
         """So long nothing was read here: that is not the sender's fault."""
         for parcel in self._open.values():
-            parcel.began += seconds
+            parcel.deadline += seconds
+            parcel.end += seconds
 
     def is_coming(self, number: int) -> bool:
         """Whether this one has begun, not ended, and not been passed over."""
@@ -222,7 +232,7 @@ class Assembler:
             RemoteProtocolError: the sender does not keep to the rules.
         """
         if "piece" in message.header:
-            return self._piece(message)
+            return self._piece(message, now)
         if "p" in message.header:
             self._begin(message, now)
             return None
@@ -243,9 +253,11 @@ class Assembler:
         limit = self._limit(header)
         if size > limit:
             raise RemoteProtocolError(f"a parcel of {size} bytes: at most {limit} are read")
-        self._open[number] = _Incoming(header=header, specs=specs, size=size, began=now)
+        self._open[number] = _Incoming(
+            header=header, specs=specs, size=size, deadline=now + FIRST_BYTES_S, end=now + PARCEL_S
+        )
 
-    def _piece(self, message: Message) -> Message | NoRoom | None:
+    def _piece(self, message: Message, now: float) -> Message | NoRoom | None:
         number = packing.integer(message.header, "piece", 1, MAX_NUMBER)
         parcel = self._open.get(number)
         if parcel is None:
@@ -257,7 +269,7 @@ class Assembler:
         if at != parcel.received or not 0 < count <= parcel.size - at:
             has = f"{parcel.received} of {parcel.size}"
             raise RemoteProtocolError(f"bytes {at} to {at + count} of a parcel that has {has}")
-        parcel.received += count
+        parcel.receive(count, now)
         is_whole = parcel.received == parcel.size
         if is_whole:
             del self._open[number]

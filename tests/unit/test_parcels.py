@@ -14,7 +14,9 @@ from net.errors import LocalProtocolError, RemoteProtocolError
 from net.rpc.framing import Decoder, Message, Tensor, encode
 from net.rpc.parcels import (
     FIRST_BYTES_S,
+    LEAD_S,
     MIN_BYTES_PER_S,
+    PARCEL_S,
     PIECE_BYTES,
     Assembler,
     Interleaver,
@@ -262,3 +264,15 @@ def test_whoever_begins_one_must_go_on_at_a_decent_pace() -> None:
     assert whole.deadline == 40 + FIRST_BYTES_S + 2048 / MIN_BYTES_PER_S
     whole.drop(1)
     assert whole.deadline == 44 + FIRST_BYTES_S
+
+
+def test_whoever_was_quick_may_not_rest_for_ever() -> None:
+    much = 2000 * MIN_BYTES_PER_S
+    whole = assembler(limit=3 * much)
+    whole.receive(begin(1, ["u8", [3 * much]]), 0.0)
+    whole.receive(piece(1, 0, tensor(much)), 1.0)
+    assert whole.deadline == 1 + LEAD_S
+    whole.receive(piece(1, much, tensor(1)), LEAD_S)  # next to nothing
+    assert whole.deadline == 1 + LEAD_S + 1 / MIN_BYTES_PER_S
+    whole.receive(piece(1, much + 1, tensor(much)), PARCEL_S - 1)
+    assert whole.deadline == PARCEL_S
