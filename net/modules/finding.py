@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 MAX_LISTED: Final = 512  # modules that are looked at under one key: those first that most hold
 MAX_LINEAGE: Final = 32
-TRIES: Final = 4  # holders that are asked for a manifest, one after another
+TRIES: Final = 4  # holders that are asked for a manifest, one after another; several at once where few are wanted
 ASKED_AT_ONCE: Final = 16
 ASK_S: Final = 8.0  # connecting included
 
@@ -63,12 +63,12 @@ class ModuleFinder:
 
     async def by_hash(self, module_hash: str) -> FoundModule | None:
         """The module of this hash (64 hex digits), if anybody has it."""
-        found = await self._look_up(announcement.key_of_hash(module_hash), lambda each: each.hash == module_hash)
+        found = await self._look_up(announcement.key_of_hash(module_hash), lambda _: True, module_hash)
         return found[0] if found else None
 
-    async def named(self, name: str) -> list[FoundModule]:
-        """Every module of this name, whoever its author is, the oldest first."""
-        return await self._look_up(announcement.key_of_name(name), lambda each: each.name == name)
+    async def named(self, name: str, hash_prefix: str = "") -> list[FoundModule]:
+        """Every module of this name whose hash begins so, whoever its author is, the oldest first."""
+        return await self._look_up(announcement.key_of_name(name), lambda each: each.name == name, hash_prefix)
 
     async def for_model(self, digest: str) -> list[FoundModule]:
         """Every module that was trained on the model of this digest, the oldest first."""
@@ -86,7 +86,7 @@ class ModuleFinder:
                 raise ModuleError(f"the module of that hash is {whole.manifest}, not {reference.name}")
             found = [] if whole is None else [whole]
         else:
-            found = [each for each in await self.named(reference.name) if reference.matches(each.manifest)]
+            found = await self.named(reference.name, reference.hash_prefix)
         if not found:
             raise ModuleError(f"nobody has the module {reference} now: its publisher may be gone, and nobody pins it")
         if len(found) > 1:
@@ -153,7 +153,12 @@ class ModuleFinder:
 
     # Looking up
 
-    async def _look_up(self, key: bytes, belongs: Callable[[Manifest], bool]) -> list[FoundModule]:
+    async def _look_up(
+        self, key: bytes, belongs: Callable[[Manifest], bool], hash_prefix: str = ""
+    ) -> list[FoundModule]:
+        """What is announced under a key. Anybody can announce anything there: who knows more says it here, and what
+        else there is pushes nothing out.
+        """
         holders: dict[str, list[Holder]] = defaultdict(list)
         for record in await self._dht.find(key, announcement.KIND):
             if record.peer_id == self._host.peer_id:
@@ -164,7 +169,8 @@ class ModuleFinder:
                 logger.debug("%s", error)
                 continue
             for module_hash in dict.fromkeys(hashes):
-                holders[module_hash].append(holder)
+                if module_hash.startswith(hash_prefix):
+                    holders[module_hash].append(holder)
         listed = sorted(holders, key=lambda each: (-len(holders[each]), each))[:MAX_LISTED]
         known = await self._manifests({each: holders[each] for each in listed})
         found = [
@@ -175,15 +181,18 @@ class ModuleFinder:
         return sorted(found, key=lambda each: (each.manifest.created_s, each.manifest.hash))
 
     async def _manifests(self, holders: Mapping[str, Sequence[Holder]]) -> dict[str, Manifest]:
-        """Those manifests that one of ``TRIES`` holders, taken at random, gives."""
+        """Those manifests that one of some holders, taken at random, gives: more of them, where few are wanted."""
         known: dict[str, Manifest] = {}
-        untried = {each: random.sample(of, min(len(of), TRIES)) for each, of in holders.items()}
+        at_once = max(1, ASKED_AT_ONCE // max(1, len(holders)))
+        untried = {each: random.sample(of, min(len(of), TRIES * at_once)) for each, of in holders.items()}
         limit = trio.CapacityLimiter(ASKED_AT_ONCE)
         for _ in range(TRIES):
             asked: dict[Holder, list[str]] = defaultdict(list)
             for module_hash, left in untried.items():
-                if left and module_hash not in known:
-                    asked[left.pop()].append(module_hash)
+                if module_hash not in known:
+                    for holder in left[:at_once]:
+                        asked[holder].append(module_hash)
+                    del left[:at_once]
             async with trio.open_nursery() as nursery:
                 for holder, hashes in asked.items():
                     nursery.start_soon(self._ask, holder, hashes, known, limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import trio
 
-from net import errors
+from net import errors, records
 from net.addresses import PeerAddress
 from net.dht import keys
 from net.dht.service import Dht
@@ -137,6 +138,42 @@ def reference(manifest: Manifest, digits: int = 12) -> Reference:
 
 def entries(store: ModuleStore) -> list[str]:
     return os.listdir(store.folder) if store.folder.exists() else []
+
+
+@pytest.mark.parametrize("digits", [64, 12])
+async def test_what_strangers_announce_beside_a_module_does_not_hide_it(
+    digits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with members(2, tmp_path) as (publisher, user):
+        manifest = await publisher.publish(make_module(tmp_path / "mine"))
+        junk = [hashlib.sha256(bytes([number // 256, number % 256])).hexdigest() for number in range(512)]
+        strangers = [seeded(number) for number in range(100, 120)]
+
+        async def find(key: bytes, kind: str) -> list[records.Record]:
+            """What the DHT gives where strangers say that they have the module, and more that there are not."""
+            said: list[tuple[Identity, list[str], tuple[()]]] = [
+                (OTHER_AUTHOR, [manifest.hash], ()),  # stands for the publisher
+                *((each, [manifest.hash, *junk[:255]], ()) for each in strangers[:10]),
+                *((each, junk[255:510], ()) for each in strangers[10:]),
+            ]
+            return [
+                records.sign(who, kind, announcement.write_body(where, hashes), key=key, ttl_s=60)
+                for who, hashes, where in said
+            ]
+
+        monkeypatch.setattr(user.dht, "find", find)
+        asked: list[str] = []
+        real = user.finder._ask_all
+
+        async def ask_all(holder: Holder, hashes: Sequence[str], known: dict[str, Manifest]) -> None:
+            asked.extend(hashes)
+            if holder.peer_id == OTHER_AUTHOR.peer_id:
+                holder = publisher.holder
+            await real(holder, hashes, known)
+
+        monkeypatch.setattr(user.finder, "_ask_all", ask_all)
+        assert (await user.finder.resolve(reference(manifest, digits))).manifest == manifest
+        assert set(asked) == {manifest.hash}
 
 
 async def test_a_module_outlives_its_publisher(tmp_path: Path) -> None:
