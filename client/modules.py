@@ -24,9 +24,8 @@ import trio
 
 from net.errors import ModuleError
 from net.modules import manifest as manifests
-from net.modules.finding import Check, FoundModule, Progress, ambiguous
+from net.modules.finding import Check, FoundModule, Progress, ambiguous, check_kept
 from net.modules.manifest import Manifest, Reference
-from net.modules.store import StoredModule, check_files
 
 if TYPE_CHECKING:
     from client.swarm import AsyncSwarm
@@ -168,7 +167,8 @@ async def obtain(
     found = await _find(swarm, reference, [each.manifest for each in here])
     if found is None:
         kept = here[0]
-        await trio.to_thread.run_sync(_check_kept, kept, model_digest, check)
+        _check_model(kept.manifest, model_digest)
+        await trio.to_thread.run_sync(check_kept, kept, check)
     else:
         _check_model(found.manifest, model_digest)
         kept = await swarm.module_finder.fetch(found, swarm.module_store, check=check, progress=progress)
@@ -203,19 +203,6 @@ def _check_folder(folder: Path, model_digest: str | None, check: Check | None) -
         raise ModuleError(_other_model(str(folder), description.model, description.model_digest, model_digest))
     if check is not None:
         check(folder)
-
-
-def _check_kept(module: StoredModule, model_digest: str | None, check: Check | None) -> None:
-    """Raises:
-    ModuleError: its files were changed, or it is for another model.
-    """
-    _check_model(module.manifest, model_digest)
-    try:
-        check_files(module.manifest, module.folder)
-    except OSError as error:
-        raise ModuleError(f"{module.folder}: {error.strerror or error}") from error
-    if check is not None:
-        check(module.folder)
 
 
 def _check_model(manifest: Manifest, model_digest: str | None) -> None:

@@ -24,10 +24,10 @@ from net.modules import announcement, wire
 from net.modules import manifest as manifests
 from net.modules.announcement import Holder
 from net.modules.manifest import HASH_DIGITS, Manifest, Reference
-from net.modules.store import ModuleStore, StoredModule
+from net.modules.store import ModuleStore, StoredModule, check_files
 from net.rpc.lane import Lane
 
-__all__ = ["Check", "FoundModule", "ModuleFinder", "Progress"]
+__all__ = ["Check", "FoundModule", "ModuleFinder", "Progress", "check_kept"]
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class ModuleFinder:
         Args:
             found: which one, and who has it.
             store: keeps it.
-            check: called in another thread with the folder of what came, before it is kept.
+            check: called in another thread with the module's folder; before it is kept, if it was not here.
             progress: called with bytes that have come, and of all.
 
         Raises:
@@ -128,6 +128,7 @@ class ModuleFinder:
         """
         manifest = found.manifest
         if (known := await trio.to_thread.run_sync(store.get, manifest.hash)) is not None:
+            await trio.to_thread.run_sync(check_kept, known, check)
             return known
         store.check_size(manifest)
         try:
@@ -228,6 +229,21 @@ def ambiguous(reference: Reference, candidates: Iterable[Manifest]) -> str:
         for each in candidates
     ]
     return f"{reference} may be any of {len(lines)} modules; say which, with its hash: {', '.join(lines[:8])}"
+
+
+def check_kept(module: StoredModule, check: Check | None) -> None:
+    """That a module of the store is what its manifest says, and what its user wants.
+
+    Raises:
+        ModuleError: its files were changed.
+        Exception: whatever ``check`` raises.
+    """
+    try:
+        check_files(module.manifest, module.folder)
+    except OSError as error:
+        raise ModuleError(f"{module.folder}: {error.strerror or error}") from error
+    if check is not None:
+        check(module.folder)
 
 
 def _check_room(manifest: Manifest, where: Path) -> None:

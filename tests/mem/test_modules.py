@@ -140,6 +140,21 @@ def entries(store: ModuleStore) -> list[str]:
     return os.listdir(store.folder) if store.folder.exists() else []
 
 
+async def test_what_is_here_by_now_is_checked_as_what_is_fetched(tmp_path: Path) -> None:
+    async with members(2, tmp_path) as (publisher, user):
+        manifest = await publisher.publish(make_module(tmp_path / "mine"))
+        found = await user.finder.resolve(reference(manifest))
+        stored = await user.finder.fetch(found, user.store)
+        checked: list[Path] = []
+        await user.finder.fetch(found, user.store, check=checked.append)
+        assert checked == [stored.folder]
+        weights = stored.folder / "adapter_model.safetensors"
+        weights.write_bytes(bytes(weights.stat().st_size))
+        with pytest.raises(ModuleError, match="was damaged, or changed"):
+            await user.finder.fetch(found, user.store, check=checked.append)
+        assert checked == [stored.folder]
+
+
 @pytest.mark.parametrize("digits", [64, 12])
 async def test_what_strangers_announce_beside_a_module_does_not_hide_it(
     digits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
