@@ -12,7 +12,6 @@ Folders without it are taken as well: what they fit is then for their shapes to 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -227,4 +226,6 @@ def _text(path: Path, fields: Mapping[str, Any], name: str, pattern: Any) -> str
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= manifests.MAX_METRIC

@@ -583,9 +583,11 @@ def load(
         taken: list[Tuned] = []
 
         def take(folder: Path) -> None:
-            found = tuned or Tuned(checkpoint.config, peft_files.read_config(folder)[0], words)
-            peft_files.read_weights(found, folder)
-            taken.append(found)
+            if tuned is None:
+                taken.append(peft_files.read_tuned(checkpoint.config, words, folder))
+            else:
+                peft_files.read_weights(tuned, folder)
+                taken.append(tuned)
 
         tell = None if progress is None else partial(progress, str(module))
         obtained = portal.call(partial(obtain, swarm, module, checkpoint.digest, check=take, progress=tell))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from safetensors.torch import save as to_safetensors
+from torch import Tensor
 
 from client.errors import InvalidInput
 from client.module_files import read_tensors
@@ -32,13 +33,15 @@ from client.tuning.methods import (
     RegressionHead,
     read_methods,
 )
-from client.tuning.tuned import LAYERS, Tuned
+from client.tuning.tuned import LAYERS, Tuned, n_elements
+from compute.bloom import BloomConfig
 from net.errors import ModuleError
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 MAX_CONFIG_BYTES: Final = 1 << 20
 VERSION: Final = 1
+LEAST_ITEM_BYTES: Final = 2  # of a number
 _PREFIX: Final = "base_model.model."
 _OWN: Final = "RACEME"
 # Variants of LoRA that compute something else; each with the value that means "no".
@@ -143,6 +146,33 @@ def read_config(folder: Path) -> tuple[tuple[Method, ...], str | None]:
         raise InvalidInput(f"{path} is damaged, or not PEFT's: {error}") from error
     base = fields.get("base_model_name_or_path")
     return methods, base if isinstance(base, str) else None
+
+
+def read_tuned(config: BloomConfig, words: Tensor, folder: Path) -> Tuned:
+    """What a folder holds, for a model.
+
+    Args:
+        config: The model's.
+        words: Its word embeddings.
+        folder: Where.
+
+    Shapes:
+        words: [vocabulary, d]
+
+    Raises:
+        InvalidInput: it holds nothing that can be used, or what does not fit the model.
+    """
+    methods, path = read_config(folder)[0], folder / WEIGHTS_FILE
+    wanted = n_elements(config, methods)
+    try:
+        there = path.stat().st_size // LEAST_ITEM_BYTES
+    except OSError as error:
+        raise InvalidInput(f"{path} cannot be read: {error.strerror or error}") from error
+    if wanted > there:  # before memory is taken for as many as somebody else has said
+        raise InvalidInput(f"{path} holds {there} numbers at most, but {CONFIG_FILE} speaks of {wanted}")
+    tuned = Tuned(config, methods, words)
+    read_weights(tuned, folder)
+    return tuned
 
 
 def read_weights(tuned: Tuned, folder: Path) -> None:

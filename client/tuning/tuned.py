@@ -77,12 +77,7 @@ class Tuned(nn.Module):
         self.config = config
         self.methods = tuple(methods)
         prompt, lora = self.prompt, self.find(LoRA)
-        self.form = TuningForm(
-            rank=0 if lora is None else lora.rank,
-            scale=1.0 if lora is None else lora.alpha / lora.rank,
-            targets=() if lora is None else lora.targets,
-            prompts=prompt.tokens if isinstance(prompt, DeepPromptTuning) else 0,
-        )
+        self.form = _form_of(methods)
         if prompt is not None:
             self.prompt_embeddings = nn.Parameter(_first_prompt(prompt.tokens, words, starts))  # [p, d]
         if isinstance(prompt, DeepPromptTuning):
@@ -131,10 +126,7 @@ class Tuned(nn.Module):
     @property
     def n_outputs(self) -> int:
         """Of the head; 0 without one."""
-        head = self.head
-        if head is None:
-            return 0
-        return len(head.labels) if isinstance(head, ClassificationHead) else head.outputs
+        return _outputs_of(self.head)
 
     @property
     def prompt_tokens(self) -> int:
@@ -184,6 +176,31 @@ class Tuned(nn.Module):
                 module.add_module(part, nn.Module())
             module = module.get_submodule(part)
         return module
+
+
+def n_elements(config: BloomConfig, methods: Sequence[Method]) -> int:
+    """How many numbers there are of methods, but for modules of one's own."""
+    inside = _form_of(methods).n_elements(config, 0, config.n_layer)
+    tokens = sum(each.tokens for each in methods if isinstance(each, PromptTuning | DeepPromptTuning))
+    outputs = sum(_outputs_of(each) for each in methods if isinstance(each, ClassificationHead | RegressionHead))
+    return inside + (tokens + outputs) * config.hidden_size
+
+
+def _form_of(methods: Sequence[Method]) -> TuningForm:
+    """What nodes are told of methods."""
+    lora = next((each for each in methods if isinstance(each, LoRA)), None)
+    return TuningForm(
+        rank=0 if lora is None else lora.rank,
+        scale=1.0 if lora is None else lora.alpha / lora.rank,
+        targets=() if lora is None else lora.targets,
+        prompts=next((each.tokens for each in methods if isinstance(each, DeepPromptTuning)), 0),
+    )
+
+
+def _outputs_of(head: ClassificationHead | RegressionHead | None) -> int:
+    if head is None:
+        return 0
+    return len(head.labels) if isinstance(head, ClassificationHead) else head.outputs
 
 
 def lora_name(block: int, target: str, half: str) -> str:

@@ -141,6 +141,7 @@ def test_a_description_is_written_and_read(folder: Path) -> None:
         json.dumps(
             {"version": 1, "model": "x", "model_digest": DIGEST, "method": "lora", "metrics": {"a": float("nan")}}
         ),
+        json.dumps({"version": 1, "model": "x", "model_digest": DIGEST, "method": "lora", "metrics": {"a": 10**400}}),
         json.dumps({"version": 1, "model": "x", "model_digest": DIGEST, "method": "lora", "parent": "x"}),
         " " * ((1 << 20) + 1),
         "\ud800",

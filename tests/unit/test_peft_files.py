@@ -24,7 +24,7 @@ from client.tuning import (
     peft_files,
 )
 from client.tuning.methods import Method
-from client.tuning.tuned import Tuned
+from client.tuning.tuned import Tuned, n_elements
 from compute.bloom import BloomConfig
 from tests.checkpoints import make_model
 from tests.one_machine import by_hand, shake
@@ -69,6 +69,23 @@ def test_what_is_written_is_read_bit_for_bit(name: str, tmp_path: Path) -> None:
     peft_files.read_weights(other, tmp_path)
     assert other.digest() == tuned.digest()
     assert other.form == tuned.form
+    whole = peft_files.read_tuned(CONFIG, make_model().transformer.word_embeddings.weight, tmp_path)
+    assert whole.digest() == tuned.digest()
+    assert n_elements(CONFIG, methods) == sum(values.numel() for values in tuned.state_dict().values())
+
+
+def test_no_memory_is_taken_for_more_than_there_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make_nothing(*_: object) -> Tuned:
+        raise AssertionError("memory was taken")
+
+    written(METHODS["lora"], tmp_path)
+    change(tmp_path, r=256)
+    monkeypatch.setattr(peft_files, "Tuned", make_nothing)
+    with pytest.raises(InvalidInput, match="speaks of"):
+        peft_files.read_tuned(CONFIG, make_model().transformer.word_embeddings.weight, tmp_path)
+    (tmp_path / peft_files.WEIGHTS_FILE).unlink()
+    with pytest.raises(InvalidInput, match="cannot be read"):
+        peft_files.read_tuned(CONFIG, make_model().transformer.word_embeddings.weight, tmp_path)
 
 
 def test_peft_reads_our_lora(tmp_path: Path) -> None:
