@@ -13,6 +13,8 @@ import torch
 from client.errors import InvalidInput
 from client.modules import Description, is_path
 from client.tuning.methods import (
+    LABELS,
+    Between,
     ClassificationHead,
     DeepPromptTuning,
     LoRA,
@@ -30,13 +32,6 @@ from net import console
 if TYPE_CHECKING:
     from client.blocking import Swarm
 
-NAMES: Final[Mapping[type, str]] = {
-    LoRA: "lora",
-    PromptTuning: "prompt",
-    DeepPromptTuning: "deep-prompt",
-    ClassificationHead: "head",
-    RegressionHead: "head",
-}
 LEARNING_RATES: Final = {"lora": 2e-3, "prompt": 3e-2, "deep-prompt": 3e-2, "head": 1e-2}
 MAX_WARMUP_STEPS: Final = 100
 FROZEN: Final = "frozen_held_out_loss"
@@ -152,7 +147,7 @@ def tune(swarm: Swarm, task: Task, *, as_json: bool) -> int:
     """
     model, rows, held_out_rows = _load(swarm, task)
     methods = model.tuned.methods
-    names = [NAMES[type(method)] for method in methods if type(method) in NAMES]
+    names = [LABELS[type(method)] for method in methods if not isinstance(method, Between)]
     if not names:
         raise InvalidInput("what the module has cannot be trained by this command: use swarm.model(..., module=)")
     with Shown(is_silent=as_json) as shown:
