@@ -18,6 +18,7 @@ import torch
 import trio
 
 from client.errors import InvalidInput, UnknownModel
+from client.lifesigns import silent_after_s
 from client.routing import Hop
 from compute.tensors import to_wire
 from compute.tuning import SpanTuning
@@ -41,6 +42,7 @@ CLOSE_TIMEOUT_S = 1.0
 CHECK_S = 0.5  # of waiting, after which a node has to show that it is there
 RETURN_S = 12.0  # for a node whose connection broke; it keeps the session for 15
 PATIENCE_S = 1.5  # the same, where others could take its place
+LISTEN_S = 0.05  # between looks whether a node that was silent has been heard
 AGAIN_S = 0.25  # before the next try to reach it
 TELL_S = 2.0  # of waiting, after which whoever looks at warnings hears why
 LOOK_S = 1.0  # before the next look at what it announces
@@ -86,6 +88,12 @@ class LegEvents(Protocol):
 
     def leg_lost(self, leg: Leg) -> None:
         """The connection broke; it is being looked for."""
+
+    def leg_silent(self, leg: Leg) -> None:
+        """Its node was asked to show that it is there, and has not."""
+
+    def leg_heard(self, leg: Leg) -> None:
+        """It has, after all."""
 
     def leg_interrupted(self, leg: Leg) -> None:
         """It goes on over another stream."""
@@ -495,6 +503,9 @@ class Leg:
     async def _watch(self) -> None:
         """Notice when the node is lost, though nothing says so, and leave relays."""
         connection = self._connection
+        # When it was asked to show that it is there; it was when the stream was opened, too.
+        asked_at = -math.inf if self._token else trio.current_time()
+        is_silent = False
         while connection is not None:
             self._stirred = trio.Event()
             if connection.ended.is_set():
@@ -502,11 +513,23 @@ class Leg:
             best = self._host.swarm.connection(self._node.peer_id)
             if connection.relayed and best is not None and not best.relayed:
                 raise errors.ConnectionLost("there is a direct way now")
-            deadline = math.inf if self._is_idle else trio.current_time() + CHECK_S
-            with trio.CancelScope(deadline=deadline) as self._check:
+            now, mux = trio.current_time(), connection.mux
+            if mux.heard_at < asked_at:
+                silent_at = asked_at + silent_after_s(mux)
+                if now >= silent_at and not is_silent:
+                    is_silent = True
+                    self._events.leg_silent(self)
+                with trio.move_on_at(now + LISTEN_S if is_silent else silent_at):
+                    await self._stirred.wait()
+                continue
+            if is_silent:
+                is_silent = False
+                self._events.leg_heard(self)
+            with trio.CancelScope(deadline=math.inf if self._is_idle else now + CHECK_S) as self._check:
                 await self._stirred.wait()
             if self._check.cancelled_caught:
-                connection.mux.check()
+                asked_at = trio.current_time()
+                mux.check()
 
     async def _wait_for_end(self) -> None:
         if self._connection is not None:
@@ -583,9 +606,9 @@ class Leg:
 
     async def _follow(self, began: float, scope: trio.CancelScope) -> None:
         """Learn where the node is now, and give it less time where others could take its place."""
-        while True:
+        for fresh in itertools.chain([False], itertools.repeat(True)):
             try:
-                nodes = await self._find_nodes()
+                nodes = await self._find_nodes(fresh=fresh)
             except (errors.NetError, UnknownModel) as error:
                 logger.info("no news of %s: %s", self._node.peer_id, error)
             else:
@@ -595,4 +618,5 @@ class Leg:
                     self._attempt.cancel()  # perhaps nobody is there any more, and no answer will come
                 if self._events.leg_replaceable(self, nodes):
                     scope.deadline = min(scope.deadline, began + PATIENCE_S)
-            await trio.sleep(LOOK_S)
+            if fresh:
+                await trio.sleep(LOOK_S)

@@ -24,6 +24,7 @@ from client.every_block import EveryBlock
 from client.forms import HopTraffic, SessionForms
 from client.journal import DECODE_TOKENS, Journal
 from client.legs import FindNodes, Leg
+from client.lifesigns import LifeSigns
 from client.nearness import Nearness
 from client.pricing import NOTHING_MEASURED, OVERHEAD_S, step_s
 from client.routing import Hop, Measurements, Wishes, as_they_are, better_chain, choose_chain, seconds_per_token
@@ -73,6 +74,7 @@ class Session:
         wire_form: str = "auto",
         measures_error: bool = False,
         nearness: Nearness | None = None,
+        life_signs: LifeSigns | None = None,
         choices: Choices = NO_CHOICES,
         tuning: SpanTuning | None = None,
     ) -> None:
@@ -87,6 +89,7 @@ class Session:
             wire_form: in which form hidden states travel: see ``AsyncSwarm.session``.
             measures_error: whether to find out what is lost on the way, which takes time.
             nearness: knows how far nodes are; by default all count as equally far.
+            life_signs: knows which nodes have not answered lately; its own by default.
             choices: which nodes may be used, and which blocks whoever uses the session computes before and after it.
             tuning: what is added within all blocks of the session, for it alone. Each node is sent its part before it
                 opens the session, a replacement, too.
@@ -106,6 +109,8 @@ class Session:
         self._forms = SessionForms(wire_form)
         self._measures = measures_error and self._forms.asked is not None
         self._nearness = nearness
+        self._life_signs = life_signs or LifeSigns(host)
+        self._others: list[PeerId] = []  # nodes that may take others' places
         self._choices = choices
         self._tuning = tuning
         self._journal = Journal()
@@ -536,22 +541,27 @@ class Session:
             return
         if isinstance(found, list):
             session.nodes_found(found, trio.current_time())
+            usable = self._usable(found)
+            self._others = [node.peer_id for node in usable]
             if self._nearness is not None:
-                self._nearness.look_at(self._usable(found))
+                self._nearness.look_at(usable)
         else:
             session.nodes_missing(found, trio.current_time())
         self._go_on()
 
     def _choose(self, gap: core.Gap) -> list[Hop]:
-        """The best hops there are, of nodes that have not failed others lately if there are enough of these."""
+        """The best hops there are, of nodes that have not failed others lately if there are enough of these, or that
+        have at least not been silent.
+        """
         wishes = replace(
             self._wishes(), start=gap.start, end=gap.end, numerics=gap.numerics, before=gap.before, after=gap.after
         )
         nodes, measured = gap.nodes, self._measured(gap.nodes)
-        avoided = self._reputation.avoided()
-        if avoided:
-            with suppress(MissingBlocks):
-                return choose_chain(nodes, avoid={**avoided, **gap.avoid}, wishes=wishes, measured=measured)
+        silent = self._life_signs.missed(node.peer_id for node in nodes)
+        for avoided in ({**self._reputation.avoided(), **silent}, silent):
+            if avoided:
+                with suppress(MissingBlocks):
+                    return choose_chain(nodes, avoid={**avoided, **gap.avoid}, wishes=wishes, measured=measured)
         try:
             return choose_chain(nodes, avoid=gap.avoid, wishes=wishes, measured=measured)
         except MissingBlocks:
@@ -647,6 +657,7 @@ class Session:
     def leg_failed(self, leg: Leg, error: errors.PeerFailed) -> None:
         with self._event(leg) as session:
             if session is not None:
+                self._life_signs.ask(self._others)
                 session.failed(leg.key, error.reason, trio.current_time())
 
     def leg_refused(self, leg: Leg, error: InvalidInput) -> None:
@@ -657,7 +668,19 @@ class Session:
     def leg_lost(self, leg: Leg) -> None:
         with self._event(leg) as session:
             if session is not None:
+                self._life_signs.ask(self._others)
                 session.lost(leg.key)
+
+    def leg_silent(self, leg: Leg) -> None:
+        with self._event(leg) as session:
+            if session is not None:
+                self._life_signs.ask(self._others)
+                session.silent(leg.key)
+
+    def leg_heard(self, leg: Leg) -> None:
+        with self._event(leg) as session:
+            if session is not None:
+                session.heard(leg.key, trio.current_time())
 
     def leg_replaceable(self, leg: Leg, nodes: list[NodeAnnouncement]) -> bool:
         wishes = replace(self._choices.to_wishes(), start=leg.hop.start, end=leg.hop.end)

@@ -44,9 +44,14 @@ LINK_WAIT_S: Final = 1.5
 RELINK_S: Final = 20.0  # before nodes that could not reach each other try again
 MAX_PUT_OFF: Final = 5  # times in a row
 MAX_RETRY_AFTER_S: Final = 10.0
+LATE_S: Final = 0.8  # without the session having been opened on a node, before another one is asked beside it
+SPARE_PATIENCE_S: Final = 0.8  # with such another one where there are more, so many times as long with each further one
+MORE_PATIENCE: Final = 1.5
 OPEN_PATIENCE_S: Final = 2.5  # with a node that does not open the session, where others could take its place
 CURRENT_S: Final = 5.0  # for which what was found may be compared with the chain in use
 MAX_SETTLED: Final = 10  # times as seldom as at first is looked for better chains, once that many moves have been made
+FEEDING: Final = 4  # pieces at a time that a new leg is given while the old one is missed; else one after another
+RESTED_S: Final = 1.0  # after which a node that failed is tried again before others are looked for
 SPARE_LAG: Final = 32  # tokens that a new leg may lack when it takes the old one's place
 _PRAISE_EVERY: Final = 8  # runs: whose nodes have done well
 _NEVER: Final = float("inf")
@@ -209,6 +214,7 @@ class LegState:
         linked_to: The leg that it hands on to.
         leaving: Whether it has said that it will not serve for much longer.
         lost: Whether it is being looked for.
+        silent: Whether it has not shown for a while that it is there, though it was asked to.
         has_no_spare: Whether nothing can be prepared for when it has gone.
     """
 
@@ -226,6 +232,7 @@ class LegState:
     relink_at: float = 0.0
     leaving: bool = False
     lost: bool = False
+    silent: bool = False
     has_no_spare: bool = False
     put_off: int = 0
     hold_until: float = 0.0
@@ -235,12 +242,19 @@ class LegState:
     def peer_id(self) -> PeerId:
         return self.hop.node.peer_id
 
+    def is_missed(self, now: float) -> bool:
+        """Whether it may be gone: another one is prepared, and whoever is there first goes on."""
+        return self.lost or self.silent or (not self.is_open and now >= self.since + LATE_S)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Why a node is avoided, when it may be tried again if nobody else can be, and how long that was put off."""
+    """Why a node is avoided, since when, when it may be tried again if nobody else can be, and how long that was put
+    off.
+    """
 
     reason: str
+    at: float
     again_at: float
     delay_s: float
 
@@ -360,6 +374,7 @@ class SessionCore:
         self._push = push
         self._spares: list[LegState] = []
         self._spares_for: list[LegState] = []  # neighbours, in order
+        self._spare_patience_s = SPARE_PATIENCE_S
         self._for_gain = False  # whether the spares are better, and nothing is the matter with those that they replace
         self._better = better
         self._better_every_s = better_every_s
@@ -517,7 +532,7 @@ class SessionCore:
         peer = leg.peer_id
         before = self.failed_peers.pop(peer, None)
         delay_s = 0.0 if before is None else min(max(AGAIN_S, 2 * before.delay_s), MAX_AGAIN_S)
-        self.failed_peers[peer] = Failure(reason=reason, again_at=now + delay_s, delay_s=delay_s)
+        self.failed_peers[peer] = Failure(reason=reason, at=now, again_at=now + delay_s, delay_s=delay_s)
         if blame:
             self.failures.append((peer, reason))
         if leg.is_open and blame:
@@ -546,20 +561,39 @@ class SessionCore:
             leg.lost = True
             self._look_at = 0.0
 
+    def silent(self, key: int) -> None:
+        """A leg's node has been asked to show that it is there, and has not yet. ``heard`` or ``lost`` follows."""
+        leg = self._find(key)
+        if leg is not None:
+            leg.silent = True
+            self._look_at = 0.0
+
+    def heard(self, key: int, now: float) -> None:
+        """It is there."""
+        leg = self._find(key)
+        if leg is not None and leg.silent:
+            leg.silent = leg.has_no_spare = False
+            self._keep(leg, now)
+
+    def _keep(self, leg: LegState, now: float) -> None:
+        """Do without another one in a leg's place, for it is there again."""
+        if leg in self._spares_for and not self._for_gain and not leg.leaving:
+            self._drop_spares()
+            self._look_at = now + LOOK_S
+
     def interrupted(self, key: int, now: float) -> None:
         """A leg goes on over another stream; answers that were on their way are lost."""
         leg = self._find(key)
         if leg is None:
             return
-        leg.lost = leg.has_no_spare = False
+        leg.lost = leg.silent = leg.has_no_spare = False
         # Whatever broke the way between it and us may have broken those between it and its neighbours, and they would
         # notice only when they do not hear of each other.
         leg.linked_to, leg.link_asked, leg.relink_at = None, False, now
         for each in self.legs:
             if each.linked_to == key:
                 each.linked_to, each.relink_at = None, now
-        if leg in self._spares_for and not self._for_gain and not leg.leaving:
-            self._drop_spares(now)
+        self._keep(leg, now)
         if any(leg in run.through for run in self._runs.values()):
             self._give_up_runs()
 
@@ -604,6 +638,7 @@ class SessionCore:
             return
         del self._runs[number]
         self._moved_at = now
+        self._spare_patience_s = SPARE_PATIENCE_S
         for each in covered:
             each.tokens = max(each.tokens, run.end)
             each.put_off = each.resets = 0
@@ -686,13 +721,18 @@ class SessionCore:
         times.extend(time for time in links if time > now)
         if not self._looking and self._look_at > now:
             times.append(self._look_at)
-        hurry_at = (leg.since + OPEN_PATIENCE_S for leg in (*self.legs, *self._spares) if not leg.is_open)
-        times.extend(time for time in hurry_at if time > now)
+        times.extend(time for time in self._opening_deadlines() if time > now)
         if self._probe is not None:
             times.append(self._probe.until)
         elif self._runs and not self._waits_for_legs():
             times.append(self._moved_at + self._patience_s)
         return max(now, min(times)) if times else _NEVER
+
+    def _opening_deadlines(self) -> list[float]:
+        """When something follows from nodes' not having opened the session."""
+        legs = [leg.since for leg in self.legs if not leg.is_open]
+        spares = [spare.since + self._spare_patience_s for spare in self._spares if not spare.is_open]
+        return [since + patience for since in legs for patience in (LATE_S, OPEN_PATIENCE_S)] + spares
 
     # The chain
 
@@ -710,12 +750,14 @@ class SessionCore:
             self._look(now)
             return
         nodes, self._nodes = self._nodes, None
-        if not self._computed and not any(leg.is_open for leg in self.legs) and self.legs:
-            while self.legs:  # nothing is lost if another class of numerics is better now
-                self._drop(self.legs[0], now)
+        avoid = self._going(now)
+        kept: list[LegState] = []
+        if not self._computed and not any(leg.is_open for leg in self.legs):
+            kept, self.legs = self.legs, []  # nothing is lost if another class of numerics is better now
         try:
-            chosen = [hop for start, end in self._gaps() for hop in self._choose_hops(nodes, start, end, now)]
+            chosen = [hop for start, end in self._gaps() for hop in self._choose_hops(nodes, start, end, avoid, now)]
         except (MissingBlocks, SessionFailed) as error:
+            self.legs += kept
             self._no_chain(error, now)
             return
         self._wants_fresh = False
@@ -723,24 +765,45 @@ class SessionCore:
             self.numerics = chosen[0].node.numerics
             if len(kinds := dict.fromkeys(str(hop.node.numerics) for hop in chosen)) > 1:
                 self.reports.append(f"blocks are computed with different numerics: {', '.join(kinds)}")
+        chosen_already = {_place(leg.hop): leg for leg in kept}
         for hop in chosen:
-            self._add(hop, self.legs, now)
+            if (leg := chosen_already.pop(_place(hop), None)) is not None:
+                self.legs.append(leg)
+            else:
+                self._add(hop, self.legs, now)
+        self._actions.extend(Close(leg=leg.key) for leg in chosen_already.values())
+        if any(leg not in self.legs for leg in self._spares_for):
+            self._drop_spares()
         self.legs.sort(key=lambda leg: leg.hop.start)
 
-    def _choose_hops(self, nodes: list[NodeAnnouncement], start: int, end: int, now: float) -> list[Hop]:
+    def _going(self, now: float) -> dict[PeerId, str]:
+        """Nodes of the chain that may be gone soon, or already."""
+        going = {leg.peer_id: "is about to leave" for leg in self.legs if leg.leaving}
+        return going | {leg.peer_id: "has not been heard of lately" for leg in self.legs if leg.is_missed(now)}
+
+    def _failed(self, now: float, *, rested_s: float = _NEVER) -> dict[PeerId, str]:
+        """Nodes that have failed so lately, or may not be tried again yet; all that have by default."""
+        return {
+            peer: each.reason
+            for peer, each in self.failed_peers.items()
+            if each.again_at > now or now - each.at < rested_s
+        }
+
+    def _choose_hops(
+        self, nodes: list[NodeAnnouncement], start: int, end: int, avoid: Mapping[PeerId, str], now: float
+    ) -> list[Hop]:
         """Hops over these blocks without the nodes that failed. While there are none, those are tried again, less and
         less often: they may have ended the session because it was idle, or come back.
         """
-        avoid = {peer: failure.reason for peer, failure in self.failed_peers.items()}
-        avoid |= {leg.peer_id: "is about to leave" for leg in self.legs if leg.leaving}
         out_of_patience = self._out_of_patience(now)
         try:
-            hops = self._choose_class(nodes, start, end, avoid)
+            hops = self._choose_class(nodes, start, end, {**avoid, **self._failed(now)})
         except MissingBlocks:
-            if out_of_patience or not self._wants_fresh:  # perhaps somebody else has come since
+            if out_of_patience:
                 raise
-            not_yet = {peer: each.reason for peer, each in self.failed_peers.items() if each.again_at > now}
-            return self._choose_class(nodes, start, end, not_yet)
+            if not self._wants_fresh:  # else perhaps somebody else has come since
+                return self._choose_class(nodes, start, end, {**avoid, **self._failed(now, rested_s=RESTED_S)})
+            return self._choose_class(nodes, start, end, self._failed(now, rested_s=0.0))
         if out_of_patience:
             last = next(reversed(self.failed_peers.values())).reason
             raise SessionFailed(
@@ -750,9 +813,9 @@ class SessionCore:
         return hops
 
     def _choose_class(
-        self, nodes: list[NodeAnnouncement], start: int, end: int, avoid: Mapping[PeerId, str]
+        self, nodes: list[NodeAnnouncement], start: int, end: int, avoid: Mapping[PeerId, str], *, says: bool = True
     ) -> list[Hop]:
-        """Hops of the session's class of numerics; of another only if the caller allows it."""
+        """Hops of the session's class of numerics; of another only if the caller allows it, who hears of it."""
         before = next((leg.hop.node for leg in self.legs if leg.hop.end == start), None)
         after = next((leg.hop.node for leg in self.legs if leg.hop.start == end), None)
         keeps_to = self.numerics if self._computed or self.legs else None
@@ -763,10 +826,11 @@ class SessionCore:
             if keeps_to is None or not self.mixed:
                 raise
         hops = self._choose(replace(gap, numerics=None))
-        self.reports.append(
-            f"blocks {start}:{end} are computed in {hops[0].node.numerics} from here on, not in {keeps_to}: no other "
-            f"nodes are left"
-        )
+        if says:
+            self.reports.append(
+                f"blocks {start}:{end} are computed in {hops[0].node.numerics} from here on, not in {keeps_to}: no "
+                f"other nodes are left"
+            )
         return hops
 
     def _no_chain(self, error: ClientError | NetError, now: float) -> None:
@@ -820,13 +884,13 @@ class SessionCore:
     def _drop(self, leg: LegState, now: float) -> None:
         self._give_up_runs()
         if leg in self._spares:
-            self._drop_spares(now)
+            self._drop_spares()
             return
         if leg in self._spares_for:  # its time has come
-            if all(spare.is_open for spare in self._spares):
+            if not self._for_gain or all(spare.is_open for spare in self._spares):
                 self._take_spares()
                 return
-            self._drop_spares(now)
+            self._drop_spares()
         self._actions.append(Close(leg=leg.key))
         self.legs.remove(leg)
         for each in self.legs:
@@ -1081,16 +1145,22 @@ class SessionCore:
             self._give_up_runs()
         elif probe.states[late.key] == "unseen":
             self._not_arrived(run, late, now)
-        elif now - run.asked_at >= LONGEST_STEP_S or (self._should_be_quick(run) and self._is_replaceable(late)):
+        elif now - run.asked_at >= LONGEST_STEP_S or (self._should_be_quick(run) and self._is_replaceable(late, now)):
             self.failed(late.key, f"takes more than {now - run.asked_at:.1f} s for a step", now)
         else:
             self._look(now)  # perhaps somebody has come who could take its place
 
     def _hurry(self, now: float) -> None:
         """Do without nodes that do not open the session, where others could."""
-        for leg in (*self.legs, *self._spares):
-            if not leg.is_open and now - leg.since >= OPEN_PATIENCE_S and self._is_replaceable(leg):
+        for leg in list(self.legs):
+            if not leg.is_open and now - leg.since >= OPEN_PATIENCE_S and self._is_replaceable(leg, now):
                 self.failed(leg.key, f"has not opened the session in {now - leg.since:.1f} s", now)
+        for spare in [] if self._for_gain else list(self._spares):
+            is_late = not spare.is_open and now >= spare.since + self._spare_patience_s
+            if (is_late or spare.lost or spare.silent) and self._is_replaceable(spare, now):
+                self._spare_patience_s *= MORE_PATIENCE
+                self.failed(spare.key, f"has not shown that it is there in {now - spare.since:.1f} s", now, blame=False)
+                return  # all of them have been dropped
 
     def _not_arrived(self, run: _Run, leg: LegState, now: float) -> None:
         """What was sent to a leg has been lost on the way."""
@@ -1105,10 +1175,10 @@ class SessionCore:
     def _should_be_quick(self, run: _Run) -> bool:
         return run.end - run.position == 1 and bool(self._took)
 
-    def _is_replaceable(self, leg: LegState) -> bool:
-        avoid = {peer: each.reason for peer, each in self.failed_peers.items()}
+    def _is_replaceable(self, leg: LegState, now: float) -> bool:
+        avoid = {**self._failed(now, rested_s=RESTED_S), **self._going(now), leg.peer_id: "slow"}
         try:
-            self._choose_class(self._known, leg.hop.start, leg.hop.end, {**avoid, leg.peer_id: "slow"})
+            self._choose_class(self._known, leg.hop.start, leg.hop.end, avoid, says=False)
         except MissingBlocks:
             return False
         return True
@@ -1118,23 +1188,27 @@ class SessionCore:
     def _move(self, now: float) -> None:
         """Have another leg for one that is lost, or whose node is about to leave, before it has gone for good."""
         old = self._spares_for
-        going = [leg for leg in self.legs if (leg.lost or leg.leaving) and not leg.has_no_spare]
-        if old and self._for_gain and any(leg not in old for leg in going):
-            self._drop_spares(now)  # somebody else needs them more
+        missed = [leg for leg in self.legs if leg.is_missed(now) and not leg.has_no_spare]
+        leaving = [leg for leg in self.legs if leg.leaving and not leg.has_no_spare]
+        needier = [leg for leg in (missed or (leaving if self._for_gain else [])) if leg not in old]
+        if old and needier and not any(leg in missed for leg in old):
+            self._drop_spares()
             old = []
         if not old:
-            if going:
-                self._find_spares(min(going, key=lambda leg: not leg.lost), now)
+            if missed or leaving:
+                self._find_spares((missed or leaving)[0], now)
             return
         if not all(spare.is_open for spare in self._spares):
             return
+        is_urgent = any(leg in missed for leg in old)
         is_fed = all(spare.tokens + SPARE_LAG >= self._journal.end for spare in self._spares)
-        if is_fed and (any(leg.lost for leg in old) or not self._runs):
+        was_opened = self._for_gain or any(leg.is_open for leg in old)
+        if not was_opened or (is_fed and (is_urgent or not self._runs)):
             self._give_up_runs()
             self._gains += self._for_gain
             self._take_spares()
         else:
-            self._feed_spares(now)
+            self._feed_spares(now, FEEDING if is_urgent else 1)
 
     def _improve(self, now: float) -> None:
         """While the session is at work, look now and then whether other hops have become clearly better, and have them
@@ -1145,7 +1219,7 @@ class SessionCore:
             return
         if self._better_at is None:
             self._wait_for_better(now)
-        if self._better_at is None or now < self._better_at or any(leg.lost or leg.leaving for leg in self.legs):
+        if self._better_at is None or now < self._better_at or self._going(now):
             return
         if self._nodes is None or now > self._found_at + CURRENT_S:
             self._look(now)
@@ -1154,8 +1228,7 @@ class SessionCore:
         self._wait_for_better(now)
         if any(leg.hop.node.numerics != self.numerics for leg in self.legs):
             return  # it would go back to where nobody was left
-        avoid = {peer: each.reason for peer, each in self.failed_peers.items()}
-        found = self._better(nodes, [leg.hop for leg in self.legs], avoid=avoid)
+        found = self._better(nodes, [leg.hop for leg in self.legs], avoid=self._failed(now))
         if found is not None:
             self._prepare_for(found, now)
 
@@ -1183,54 +1256,67 @@ class SessionCore:
             return
         nodes, self._nodes = self._nodes, None
         start, end = going.hop.start, going.hop.end
-        avoid = {peer: each.reason for peer, each in self.failed_peers.items()}
-        avoid |= {leg.peer_id: "goes" for leg in self.legs if leg.lost or leg.leaving}
+        avoid = {**self._going(now), going.peer_id: "goes"}
         try:
-            hops = self._choose_class(nodes, start, end, avoid)
+            hops = self._choose_class(nodes, start, end, {**avoid, **self._failed(now)})
         except MissingBlocks:
-            self._wants_fresh = True
-            self._look_at = now + 2 * LOOK_S
-            return
+            try:
+                hops = self._choose_class(nodes, start, end, {**avoid, **self._failed(now, rested_s=RESTED_S)})
+            except MissingBlocks:
+                self._wants_fresh = True
+                self._look_at = now + 2 * LOOK_S
+                return
         self._wants_fresh = False
         self._spares_for, self._for_gain = [going], False
         for hop in hops:
             self._add(hop, self._spares, now)
 
-    def _feed_spares(self, now: float) -> None:
-        """Bring new legs up to where the others are, beside what else is going on."""
+    def _feed_spares(self, now: float, most: int) -> None:
+        """Bring new legs up to where the others are, beside what else is going on; with so many pieces at a time."""
         index = self.legs.index(self._spares_for[0])
         for number, spare in enumerate(self._spares):
             if spare.version != self._journal.version:
                 spare.tokens = spare.sent = 0
                 spare.version = self._journal.version
-            position = spare.tokens
-            if spare.sent > position or position >= self._journal.end or spare.hold_until > now:
-                continue
-            payload: Any = None
-            if (spare.hop.start, position) in self._passing:
-                end, payload = self._passing[spare.hop.start, position]
-            elif number:
-                continue
-            elif index == 0:
-                end = self._journal.next_end(position)
-            else:
-                before = self.legs[index - 1]
-                if before.lost:
-                    continue
-                if not before.keeps:  # then there is nothing better than to wait until it has gone
-                    for leg in self._spares_for:
-                        leg.has_no_spare = not self._for_gain
-                    self._drop_spares(now)
-                    return
-                if before.tokens > position and before.version == self._journal.version:
-                    self._fetch(before, position, min(self._journal.next_end(position), before.tokens), now)
-                continue
-            keep = 0 if number + 1 == len(self._spares) else end - position
-            run = self._new_run(position, end, [spare], None, now, keep=keep)
-            spare.sent = end
-            self._actions.append(
-                Send(leg=spare.key, run=run, position=position, end=end, push=0, keep=keep, payload=payload)
-            )
+            while spare.sent < self._journal.end and len(self._in_flight(spare)) < most and spare.hold_until <= now:
+                position = spare.sent
+                payload: Any = None
+                if (spare.hop.start, position) in self._passing:
+                    end, payload = self._passing[spare.hop.start, position]
+                elif number or index:
+                    break
+                else:
+                    end = self._journal.next_end(position)
+                keep = 0 if number + 1 == len(self._spares) else end - position
+                run = self._new_run(position, end, [spare], None, now, keep=keep)
+                spare.sent = end
+                self._actions.append(
+                    Send(leg=spare.key, run=run, position=position, end=end, push=0, keep=keep, payload=payload)
+                )
+            if index and not number and not self._fetch_for(spare, self.legs[index - 1], most, now):
+                return
+
+    def _fetch_for(self, spare: LegState, before: LegState, most: int, now: float) -> bool:
+        """Have in our hands what a new leg is to be given next. False: that cannot be, and nothing is prepared."""
+        position = spare.sent
+        if (
+            position < self._journal.end and not before.keeps
+        ):  # nothing is better than to wait until the old one is gone
+            for leg in self._spares_for:
+                leg.has_no_spare = not self._for_gain
+            self._drop_spares()
+            return False
+        if before.lost or before.version != self._journal.version:
+            return True
+        for _ in range(most):
+            if position >= before.tokens:
+                break
+            kept = self._passing.get((spare.hop.start, position))
+            end = min(self._journal.next_end(position), before.tokens) if kept is None else kept[0]
+            if kept is None:
+                self._fetch(before, position, end, now)
+            position = end
+        return True
 
     def _take_spares(self) -> None:
         old = self._spares_for
@@ -1243,10 +1329,14 @@ class SessionCore:
             if each.linked_to in keys:
                 each.linked_to = None
 
-    def _drop_spares(self, now: float) -> None:
+    def _drop_spares(self) -> None:
         self._actions.extend(Close(leg=spare.key) for spare in self._spares)
+        for number, run in list(self._runs.items()):
+            if any(leg in self._spares for leg in run.legs):  # nobody else has a part in it
+                del self._runs[number]
+        if self._probe is not None and self._probe.run.number not in self._runs:
+            self._probe = None
         self._spares, self._spares_for = [], []
-        self._look_at = now + LOOK_S
 
     def _take_actions(self) -> list[Action]:
         self._forget_passed()

@@ -16,6 +16,7 @@ import trio
 from client.choices import NO_CHOICES, Choices
 from client.directory import Directory
 from client.errors import InvalidInput, MissingBlocks, UnknownModel
+from client.lifesigns import LifeSigns
 from client.modules import ObtainedModule, obtain
 from client.nearness import Nearness
 from client.pricing import Measurements
@@ -126,6 +127,7 @@ class AsyncSwarm:
         self.reputation = Reputation(None, trio.current_time) if reputation is None else reputation
         self._nursery = nursery
         self._nearness = Nearness(host, nursery)
+        self._life_signs = LifeSigns(host)
         self._directory = Directory(self._look_up, nursery)
         self._dht = dht
         self._token = trio.lowlevel.current_trio_token()
@@ -232,6 +234,7 @@ class AsyncSwarm:
             wire_form=wire,
             measures_error=measures_error,
             nearness=self._nearness,
+            life_signs=self._life_signs,
             choices=choices,
             tuning=tuning,
         )

@@ -50,6 +50,10 @@ class Muxer(Protocol):
         """Smoothed; None before it was measured."""
 
     @property
+    def heard_at(self) -> float:
+        """trio's time when anything last came from the peer."""
+
+    @property
     def moved_to(self) -> Multiaddr | None:
         """Where the peer is now, if it has moved since the connection was made and has shown that it is there."""
 

@@ -155,6 +155,11 @@ class YamuxCore:
         self._peer_going_away = False
 
     @property
+    def heard_at(self) -> float:
+        """When anything last came from the peer."""
+        return self._heard_at
+
+    @property
     def takes_streams(self) -> bool:
         """False once either side is going away."""
         return not (self._going_away or self._peer_going_away)

@@ -155,6 +155,10 @@ class YamuxConnection(Muxer):
         return self._core.round_trip_s
 
     @property
+    def heard_at(self) -> float:
+        return self._core.heard_at
+
+    @property
     def moved_to(self) -> None:
         return None  # what is below stays where it is
 

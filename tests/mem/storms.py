@@ -16,6 +16,7 @@ import torch
 import trio
 
 from client.directory import Directory
+from client.lifesigns import LifeSigns
 from client.nearness import Nearness
 from client.session import Session
 from net.addresses import parse
@@ -48,7 +49,7 @@ SLOW_PERIOD_S, SLOW_SHARE = 0.1, 0.9
 
 @dataclass(frozen=True, kw_only=True)
 class Blow:
-    """What is done to whom, when, and for how long."""
+    """What is done to whom, when, and for how long (a process that ends: until it is started again)."""
 
     at: float
     kind: str
@@ -62,10 +63,17 @@ class StormNode(FakeNode):
 
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     is_announced: bool = True
+    tokens_per_s: float = 10.0
 
     @property
     def offer(self) -> NodeAnnouncement:
-        return replace(super().offer, blocks=BLOCKS, max_length=1000, cache_tokens_left=100_000)
+        return replace(
+            super().offer,
+            blocks=BLOCKS,
+            max_length=1000,
+            cache_tokens_left=100_000,
+            decode_tokens_per_s=self.tokens_per_s,
+        )
 
     async def work(self, tokens: int) -> None:
         await trio.sleep(STEP_S + tokens * SECONDS_PER_TOKEN)
@@ -98,6 +106,11 @@ class StormWorld:
                 host.handle(wire.PROTOCOL_ID, node.serve)
                 task_status.started()
                 await trio.sleep_forever()
+
+    def prefer(self, names: Sequence[str]) -> None:
+        """Have these nodes chosen before all others, the first ones above all."""
+        for rank, name in enumerate(reversed(list(dict.fromkeys(names)))):
+            self.nodes[name].tokens_per_s = 12.0 + 2.0 * rank
 
     def client_transport(self) -> LineTransport:
         return LineTransport(self._network)
@@ -160,9 +173,8 @@ class StormWorld:
             self._nursery.start_soon(self.suffer, fault)
         await trio.sleep_until(began + 60 * minutes)
 
-    async def follow(self, blows: Sequence[Blow]) -> None:
+    async def follow(self, blows: Sequence[Blow], began: float) -> None:
         """These faults."""
-        began = trio.current_time()
         for blow in sorted(blows, key=lambda blow: blow.at):
             await trio.sleep_until(began + blow.at)
             now = trio.current_time()
@@ -187,6 +199,7 @@ class Caller:
         self._directory = Directory(world.look_up, nursery)
         self._reputation = Reputation(None, trio.current_time)
         self._nearness = Nearness(host, nursery)
+        self._life_signs = LifeSigns(host)
         self.gaps: list[Gap] = []
         self.errors: list[Exception] = []
         self.session: Session | None = None
@@ -194,7 +207,12 @@ class Caller:
     async def generate(self, prompt: int, tokens: int) -> None:
         """One generation; its gaps are noted."""
         session = self.session = Session(
-            self._host, self._directory.nodes, self._nursery, self._reputation, nearness=self._nearness
+            self._host,
+            self._directory.nodes,
+            self._nursery,
+            self._reputation,
+            nearness=self._nearness,
+            life_signs=self._life_signs,
         )
         began, count = trio.current_time(), prompt
         try:

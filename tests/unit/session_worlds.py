@@ -24,6 +24,7 @@ from tests.net_helpers import seeded
 
 BLOCKS = 4
 WRONG = (-1, -1)
+KINDS = ("die", "hang", "interrupt", "refuse", "forget", "lose", "unlink", "leave", "silent", "slow", "back")
 State = tuple[int, int]
 PEERS = [seeded(number).peer_id for number in range(1, 13)]
 
@@ -383,7 +384,7 @@ class World:
         """Something bad, of a random kind."""
         self.faults += 1
         legs = [leg for leg, session in self.sessions.items() if not session.gone]
-        kind = self.random.choice(["die", "hang", "interrupt", "refuse", "forget", "lose", "unlink", "leave", "back"])
+        kind = self.random.choice(KINDS)
         if kind == "back":
             for node in self.nodes:
                 node.up = True
@@ -433,6 +434,12 @@ class World:
             session.next = None
         elif kind == "leave":
             self.tell(leg, self.core.leaving, leg)
+        elif kind == "silent":
+            self.core.silent(leg)
+            self.tell(leg, self._pass)
+            self.tell(leg, self.core.heard, leg)
+        elif kind == "slow":  # whoever has not opened the session yet is late
+            self._pass(self.now)
         self.act()
 
     def _pass(self, now: float) -> None:

@@ -265,6 +265,10 @@ class QuicConnection(Muxer):
         return self.core.round_trip_s
 
     @property
+    def heard_at(self) -> float:
+        return self._heard_at
+
+    @property
     def moved_to(self) -> Multiaddr | None:
         where = None if self.core.is_client else self.core.validated_address  # only clients move (RFC 9000, section 9)
         if where is None or where == self._met_at:
