@@ -18,7 +18,6 @@ import torch
 import trio
 
 from client.errors import InvalidInput, UnknownModel
-from client.lifesigns import silent_after_s
 from client.routing import Hop
 from compute.tensors import to_wire
 from compute.tuning import SpanTuning
@@ -42,7 +41,7 @@ CLOSE_TIMEOUT_S = 1.0
 CHECK_S = 0.5  # of waiting, after which a node has to show that it is there
 RETURN_S = 12.0  # for a node whose connection broke; it keeps the session for 15
 PATIENCE_S = 1.5  # the same, where others could take its place
-LISTEN_S = 0.05  # between looks whether a node that was silent has been heard
+LISTEN_S = 0.05  # between looks whether a node that was asked has answered
 AGAIN_S = 0.25  # before the next try to reach it
 TELL_S = 2.0  # of waiting, after which whoever looks at warnings hears why
 LOOK_S = 1.0  # before the next look at what it announces
@@ -502,10 +501,7 @@ class Leg:
 
     async def _watch(self) -> None:
         """Notice when the node is lost, though nothing says so, and leave relays."""
-        connection = self._connection
-        # When it was asked to show that it is there; it was when the stream was opened, too.
-        asked_at = -math.inf if self._token else trio.current_time()
-        is_silent = False
+        connection, is_silent = self._connection, False
         while connection is not None:
             self._stirred = trio.Event()
             if connection.ended.is_set():
@@ -513,23 +509,19 @@ class Leg:
             best = self._host.swarm.connection(self._node.peer_id)
             if connection.relayed and best is not None and not best.relayed:
                 raise errors.ConnectionLost("there is a direct way now")
-            now, mux = trio.current_time(), connection.mux
-            if mux.heard_at < asked_at:
-                silent_at = asked_at + silent_after_s(mux)
-                if now >= silent_at and not is_silent:
-                    is_silent = True
-                    self._events.leg_silent(self)
-                with trio.move_on_at(now + LISTEN_S if is_silent else silent_at):
+            now, doubt_at = trio.current_time(), connection.mux.doubt_at
+            owes = doubt_at < math.inf and (not self._is_idle or not self._token)
+            if is_silent != (owes and now >= doubt_at):
+                is_silent = not is_silent
+                (self._events.leg_silent if is_silent else self._events.leg_heard)(self)
+            if owes:  # it was asked to show that it is there; when the stream was opened, too
+                with trio.move_on_at(now + LISTEN_S):
                     await self._stirred.wait()
                 continue
-            if is_silent:
-                is_silent = False
-                self._events.leg_heard(self)
             with trio.CancelScope(deadline=math.inf if self._is_idle else now + CHECK_S) as self._check:
                 await self._stirred.wait()
             if self._check.cancelled_caught:
-                asked_at = trio.current_time()
-                mux.check()
+                connection.mux.check()
 
     async def _wait_for_end(self) -> None:
         if self._connection is not None:

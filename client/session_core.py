@@ -1127,7 +1127,7 @@ class SessionCore:
             self._probe = None
             return
         if probe is None:
-            if now - self._moved_at >= self._patience_s:
+            if now >= self._moved_at + self._patience_s:  # summed up as in ``wakes_at``, or rounding has us wake again
                 run = self._runs[min(self._runs)]
                 self._probe = _Probe(run=run, until=now + PROBE_S)
                 self._actions.extend(Ask(leg=leg.key, run=run.number) for leg in run.through)
@@ -1153,14 +1153,19 @@ class SessionCore:
     def _hurry(self, now: float) -> None:
         """Do without nodes that do not open the session, where others could."""
         for leg in list(self.legs):
-            if not leg.is_open and now - leg.since >= OPEN_PATIENCE_S and self._is_replaceable(leg, now):
+            if not leg.is_open and now >= leg.since + OPEN_PATIENCE_S and self._is_replaceable(leg, now):
                 self.failed(leg.key, f"has not opened the session in {now - leg.since:.1f} s", now)
         for spare in [] if self._for_gain else list(self._spares):
             is_late = not spare.is_open and now >= spare.since + self._spare_patience_s
-            if (is_late or spare.lost or spare.silent) and self._is_replaceable(spare, now):
+            if not (is_late or spare.lost or spare.silent):
+                continue
+            if self._is_replaceable(spare, now):
                 self._spare_patience_s *= MORE_PATIENCE
                 self.failed(spare.key, f"has not shown that it is there in {now - spare.since:.1f} s", now, blame=False)
                 return  # all of them have been dropped
+            if not self._looking and now >= self._look_at:  # perhaps somebody has come who could
+                self._look(now)
+                self._look_at = now + LOOK_S
 
     def _not_arrived(self, run: _Run, leg: LegState, now: float) -> None:
         """What was sent to a leg has been lost on the way."""

@@ -50,8 +50,10 @@ class Muxer(Protocol):
         """Smoothed; None before it was measured."""
 
     @property
-    def heard_at(self) -> float:
-        """trio's time when anything last came from the peer."""
+    def doubt_at(self) -> float:
+        """trio's time from which on the peer, which was asked by ``check``, is more likely gone than slow; infinity
+        while it owes no answer. It stays when the connection ends for want of one.
+        """
 
     @property
     def moved_to(self) -> Multiaddr | None:

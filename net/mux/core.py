@@ -26,6 +26,7 @@ TALK_TURNS = 64  # of bulk, out or in, that count as beside the last short messa
 QUICK_S = 0.002  # on the shortest paths; there, round trips are too short to tell
 MIN_FRAME_BYTES = 4096  # of the turn of a stream with more
 LATE_S = 0.5  # a look at the clock that comes so much later than it should is not the peer's fault
+DOUBT_SHARE = 0.4  # of the time that an answer to ``check`` may take at most; nearly all come sooner
 SLOW_BYTES_PER_S = 128 * 1024  # of a home's line: what was sent before a question delays the answer
 FORGOTTEN_FRAME_BYTES = 1024 * 1024  # one frame that was on its way when we reset its stream
 
@@ -149,15 +150,20 @@ class YamuxCore:
         self._sent_bytes = 0
         self._confirmed_bytes = 0  # of them; what an answered ping was sent behind
         self._answer_by = math.inf  # set by ``check``
+        self._asked_at = now  # the same
         self._heard_at = now
         self._pinged_at = now - self.settings.keepalive_s  # the first tick measures the round trip
         self._going_away = False
         self._peer_going_away = False
 
     @property
-    def heard_at(self) -> float:
-        """When anything last came from the peer."""
-        return self._heard_at
+    def doubt_at(self) -> float:
+        """When a peer that was asked to show that it is there has taken most of the time that most need; infinity while
+        it was not, or has.
+        """
+        if self._answer_by == math.inf:
+            return math.inf
+        return self._asked_at + DOUBT_SHARE * (self._answer_by - self._asked_at)
 
     @property
     def takes_streams(self) -> bool:
@@ -300,7 +306,10 @@ class YamuxCore:
         if now >= self._heard_at + self.settings.dead_after_s:
             return False
         if now >= self._answer_by + LATE_S:
-            self._answer_by = now + self.settings.check_s  # this program was asleep; the answer may be there
+            self._asked_at, self._answer_by = (
+                now,
+                now + self.settings.check_s,
+            )  # this program was asleep; the answer may be there
         elif now >= self._answer_by:
             return False
         if now >= self._pinged_at + self.settings.keepalive_s:
@@ -315,6 +324,7 @@ class YamuxCore:
             self._send_ping(now)
         least_s = self.settings.check_s
         patience_s = 3 * least_s if self.round_trip_s is None else max(least_s, 4 * self.round_trip_s)
+        self._asked_at = now
         self._answer_by = now + patience_s + (self._sent_bytes - self._confirmed_bytes) / SLOW_BYTES_PER_S
 
     def _send_ping(self, now: float) -> None:

@@ -155,8 +155,8 @@ class YamuxConnection(Muxer):
         return self._core.round_trip_s
 
     @property
-    def heard_at(self) -> float:
-        return self._core.heard_at
+    def doubt_at(self) -> float:
+        return self._core.doubt_at
 
     @property
     def moved_to(self) -> None:

@@ -366,3 +366,35 @@ async def test_whoever_waits_is_told_why(autojump_clock: MockClock, caplog: pyte
         assert told[0] == f"lost {lost.peer_id} (blocks 2:4); looking for it for 10 s"
         assert told[1].startswith("replacing a node: ")
         assert told[2].startswith("waiting for nodes: blocks 2:4 ")
+
+
+async def test_another_node_is_asked_beside_one_that_does_not_open_the_session(autojump_clock: MockClock) -> None:
+    """Whoever is there first is used; nobody is blamed."""
+    async with new_world((0, 4), (0, 4), (0, 4)) as (world, session):
+        for node in world.nodes:
+            node.open_s = 30.0
+        world.nodes[2].open_s = 0.0
+        assert await timed(session) <= 0.8 + 0.8 + 0.1
+        assert [hop.node.peer_id for hop in session.chain] == [world.nodes[2].peer_id]
+        assert sum(node.count("open") for node in world.nodes) <= 3
+
+
+async def test_a_node_that_is_silent_for_a_moment_keeps_the_session(autojump_clock: MockClock) -> None:
+    async with world_of((0, 4), (0, 4)) as (world, session):
+        used, other = sorted(world.nodes, key=lambda node: -node.count("open"))
+        used.step_s, other.open_s = 2.0, 1.0
+        world.nursery.start_soon(_after, 0.4, used.line.stall)
+        world.nursery.start_soon(_after, 1.3, used.line.resume)
+        assert await timed(session) == pytest.approx(2.0, abs=0.1)
+        assert (used.count("open"), other.count("open")) == (1, 1)
+        assert [hop.node.peer_id for hop in session.chain] == [used.peer_id]
+
+
+async def test_nobody_else_is_asked_while_all_is_well(autojump_clock: MockClock) -> None:
+    async with world_of((0, 4), (0, 4)) as (world, session):
+        used, other = sorted(world.nodes, key=lambda node: -node.count("open"))
+        used.step_s = 1.9
+        for _ in range(3):
+            assert await timed(session) == pytest.approx(1.9, abs=0.1)
+        assert not other.arrivals
+        assert not any(connection.peer_id == other.peer_id for connection in world.host.swarm.connections)

@@ -92,4 +92,4 @@ async def test_a_storm(seed: int, autojump_clock: MockClock) -> None:
         assert not caller.errors
         assert len(world.storm.faults) >= 60
         assert found
-        assert percentile(found, 99) <= 4.0
+        assert percentile(found, 99) <= 3.0

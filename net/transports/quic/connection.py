@@ -18,6 +18,7 @@ from net.addresses import Multiaddr
 from net.identity import PeerId
 from net.io import SingleUse, check_max_bytes
 from net.mux.base import Muxer, Stream
+from net.mux.core import DOUBT_SHARE
 from net.security.certificate import ALPN, authenticate
 from net.transports.quic.core import INITIAL_WINDOW_BYTES, MAX_INBOUND_STREAMS, QuicCore
 from net.transports.quic.udp import Address
@@ -255,6 +256,7 @@ class QuicConnection(Muxer):
         self._goodbye_at = float("inf")
         self._linger_at = float("inf")  # when the first stream in ``_closed_here`` is to be refused
         self._answer_by = float("inf")  # set by ``check``
+        self._checked_at = trio.current_time()  # the same
         self._heard_at = trio.current_time()
         self._asked = False  # since we heard
         self._alarm = trio.CancelScope()
@@ -265,8 +267,10 @@ class QuicConnection(Muxer):
         return self.core.round_trip_s
 
     @property
-    def heard_at(self) -> float:
-        return self._heard_at
+    def doubt_at(self) -> float:
+        if self._answer_by == float("inf"):
+            return self._answer_by
+        return self._checked_at + DOUBT_SHARE * (self._answer_by - self._checked_at)
 
     @property
     def moved_to(self) -> Multiaddr | None:
@@ -398,7 +402,8 @@ class QuicConnection(Muxer):
             return
         self._asked = True
         patience_s = 3 * CHECK_S if self.round_trip_s is None else max(CHECK_S, 4 * self.round_trip_s)
-        self._answer_by = trio.current_time() + patience_s
+        self._checked_at = trio.current_time()
+        self._answer_by = self._checked_at + patience_s
         self.core.send_ping(0)
         self.transmit()
 
