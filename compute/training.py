@@ -19,6 +19,7 @@ from torch import Tensor
 from compute.bloom import BloomConfig
 from compute.errors import BadInput
 from compute.metrics import Metrics
+from compute.room import Room
 from compute.serving import Serving, Wanted, converted, refusals
 from compute.tensors import from_wire, to_wire
 from compute.tuning import SpanTuning, TuningForm, tuning_key
@@ -57,31 +58,6 @@ class Node(Protocol):
         """Raises:
         RpcError: another model, blocks that are not served here, or nothing is served now.
         """
-
-
-class Room:
-    """For bytes that clients have sent."""
-
-    def __init__(self, node_bytes: int, peer_bytes: int) -> None:
-        self._node_bytes = node_bytes
-        self._peer_bytes = peer_bytes
-        self._taken: Counter[PeerId] = Counter()
-        self.taken = 0
-
-    def take(self, peer_id: PeerId, count: int) -> bool:
-        """Hold so many bytes more, if there is room for them."""
-        if self.taken + count > self._node_bytes or self._taken[peer_id] + count > self._peer_bytes:
-            return False
-        self.taken += count
-        self._taken[peer_id] += count
-        return True
-
-    def give_back(self, peer_id: PeerId, count: int) -> None:
-        """They are held no longer."""
-        self.taken -= count
-        self._taken[peer_id] -= count
-        if not self._taken[peer_id]:
-            del self._taken[peer_id]
 
 
 class Tunings:

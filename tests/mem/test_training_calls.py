@@ -20,8 +20,9 @@ from client.tuning.calls import RemoteCaller
 from compute.checkpoint import Checkpoint
 from compute.engine import Engine
 from compute.metrics import Metrics
+from compute.room import Room
 from compute.tensors import tensor_bytes
-from compute.training import Room, Training, Tunings
+from compute.training import Training, Tunings
 from compute.tuning import SpanTuning, TuningForm
 from compute.wire_forms import Form
 from net.addresses import parse

@@ -82,7 +82,7 @@ def test_those_who_say_nothing_of_forms_are_understood() -> None:
 @given(
     end=st.integers(1, 70),
     at=st.integers(0, wire.MAX_NUMBERS),
-    others=st.dictionaries(st.sampled_from(["id", "rank", "scale", "targets"]), st.integers()),
+    others=st.dictionaries(st.sampled_from(["id", "rank", "scale", "targets"]), st.integers(-(2**63), 2**64 - 1)),
 )
 def test_what_a_tuning_is_of_is_read_beside_what_it_is(end: int, at: int, others: dict[str, int]) -> None:
     tune = wire.Tune(digest="d", start=end - 1, end=end, at=at)
