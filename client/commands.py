@@ -48,6 +48,11 @@ def add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="text to continue; - reads it from standard input, less one newline at its end",
     )
     _add_max_new_tokens(generate)
+    generate.add_argument(
+        "--module",
+        metavar="MODULE",
+        help="with what was trained on the model: NAME@HASH as published, or its folder (with a / in it: ./my-adapter)",
+    )
     console.add_swarm_key(generate)
     generate.add_argument(
         "--temperature", type=_factor, metavar="T", help="sample at this temperature (default: greedy)"
@@ -229,6 +234,7 @@ def run_generate(options: argparse.Namespace) -> int:
                 pins=pins,
                 mixed_numerics=options.mixed_numerics,
                 local_blocks=options.local_blocks,
+                module=options.module,
                 progress=bars.show_file,
             )
 
@@ -347,6 +353,7 @@ def _model_json(model: ServedModel, peers: Sequence[Peer]) -> dict[str, Any]:
 
     return {
         "name": model.name,
+        "names": sorted(model.names),
         "digest": model.digest,
         "blocks": model.n_blocks,
         "complete": not _unreachable(model, peers),
@@ -375,6 +382,11 @@ def _model_json(model: ServedModel, peers: Sequence[Peer]) -> dict[str, Any]:
     }
 
 
+def _spell_names(model: ServedModel) -> str:
+    others = sorted(model.names - {model.name})
+    return f"{model.name} (also called {', '.join(others)})" if others else model.name
+
+
 def print_placement(model: ServedModel, peers: Sequence[Peer]) -> None:
     """A table of the model's nodes with a bar for the blocks of each, and what is missing."""
     from rich.console import Console
@@ -384,7 +396,7 @@ def print_placement(model: ServedModel, peers: Sequence[Peer]) -> None:
     from net.files.models import offers_of
 
     table = Table(
-        title=f"{model.name}, {model.n_blocks} blocks, digest {model.digest[:12]}",
+        title=f"{_spell_names(model)}, {model.n_blocks} blocks, digest {model.digest[:12]}",
         title_justify="left",
         caption="reach: public and mapped nodes can be connected to, punchable ones when both sides dial, relay-only "
         "ones through relays\nspeed: of the node's blocks alone, or of its line if that is slower",
@@ -412,8 +424,9 @@ def print_placement(model: ServedModel, peers: Sequence[Peer]) -> None:
     for peer in peers:
         if peer.problem and peer.announcement.digest == model.digest:
             print(f"{peer.announcement.peer_id}: {peer.problem}")
-    for offer in offers_of(model.nodes, model.name):
-        print(f"Files: {model.name}@{offer.short} from {len(offer.nodes)} node{'s' * (len(offer.nodes) > 1)}")
+    for name in sorted(model.names):
+        for offer in offers_of(model.nodes, name):
+            print(f"Files: {name}@{offer.short} from {len(offer.nodes)} node{'s' * (len(offer.nodes) > 1)}")
     if missing := _unreachable(model, peers):
         print(f"Missing: blocks {spell_runs(missing)}. Nobody can use the model until they are served.")
     print()

@@ -16,6 +16,7 @@ from net.modules import manifest as manifests
 from net.modules.manifest import Manifest, Reference
 from net.modules.store import ModuleStore, StoredModule, describe_files
 
+TRAINING_FILES: Final = frozenset({"checkpoint.safetensors", "log.jsonl"})  # a training's own, not the module's
 MAX_KINDS: Final = 8  # of methods in one module
 
 
@@ -92,7 +93,7 @@ def sign_folder(
 
     Args:
         store: keeps it.
-        folder: what is published of it, ``describe_files`` says.
+        folder: what is published of it, ``describe_files`` says, less ``TRAINING_FILES``.
         author: signs.
         name, description, licence: what is said of it.
 
@@ -100,7 +101,7 @@ def sign_folder(
         ModuleError: it is no module, or too large, or nobody would accept what is said of it.
         OSError: a file cannot be read or written.
     """
-    files, _ = describe_files(folder)
+    files, _ = describe_files(folder, leave_out=TRAINING_FILES)
     names = {file.name for file in files}
     if len(names | {CARD_FILE, DESCRIPTION_FILE}) > manifests.MAX_FILES:
         raise ModuleError(

@@ -12,6 +12,7 @@ Folders without it are taken as well: what they fit is then for their shapes to 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,13 +24,16 @@ import trio
 
 from net.errors import ModuleError
 from net.modules import manifest as manifests
-from net.modules.finding import Check, FoundModule, Progress, ambiguous, check_kept
+from net.modules.finding import Check, FoundModule, Progress, ambiguous
 from net.modules.manifest import Manifest, Reference
+from net.modules.store import StoredModule, check_files
 
 if TYPE_CHECKING:
     from client.swarm import AsyncSwarm
 
 __all__ = ["Description", "FoundModule", "ObtainedModule", "is_path", "obtain", "read_json"]
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
@@ -164,14 +168,48 @@ async def obtain(
     reference = Reference.read(str(module))
     here = await trio.to_thread.run_sync(swarm.module_store.matching, reference)
     found = await _find(swarm, reference, [each.manifest for each in here])
+    _check_model(here[0].manifest if found is None else found.manifest, model_digest)
     if found is None:
-        kept = here[0]
-        _check_model(kept.manifest, model_digest)
-        await trio.to_thread.run_sync(check_kept, kept, check)
-    else:
-        _check_model(found.manifest, model_digest)
-        kept = await swarm.module_finder.fetch(found, swarm.module_store, check=check, progress=progress)
+        if await trio.to_thread.run_sync(_is_whole, here[0]):
+            if check is not None:
+                await trio.to_thread.run_sync(check, here[0].folder)
+            return ObtainedModule(folder=here[0].folder, manifest=here[0].manifest)
+        found = await _replace_damaged(swarm, here[0])
+    kept = await swarm.module_finder.fetch(found, swarm.module_store, check=check, progress=progress)
     return ObtainedModule(folder=kept.folder, manifest=kept.manifest)
+
+
+async def _replace_damaged(swarm: AsyncSwarm, damaged: StoredModule) -> FoundModule:
+    """Who has a module whose files here are damaged; these are moved out of the way.
+
+    Raises:
+        ModuleError: nobody has it; or the damaged one cannot be moved.
+    """
+    manifest, place = damaged.manifest, damaged.folder.parent
+    try:
+        found = await swarm.module_finder.resolve(Reference(name=manifest.name, hash_prefix=manifest.hash))
+        moved = await trio.to_thread.run_sync(swarm.module_store.set_aside, manifest.hash)
+    except ModuleError as error:
+        raise ModuleError(f"{place} was damaged, or changed, and it cannot be fetched again: {error}") from error
+    except OSError as error:
+        raise ModuleError(f"{place} was damaged, or changed; delete it ({error.strerror or error})") from error
+    logger.warning("%s was damaged, or changed; it is fetched again, and what was there is in %s", manifest, moved)
+    return found
+
+
+def _is_whole(module: StoredModule) -> bool:
+    """Whether its files are still what its author signed.
+
+    Raises:
+        ModuleError: one cannot be read.
+    """
+    try:
+        check_files(module.manifest, module.folder)
+    except ModuleError:
+        return False
+    except OSError as error:
+        raise ModuleError(f"{module.folder}: {error.strerror or error}") from error
+    return True
 
 
 async def _find(swarm: AsyncSwarm, reference: Reference, here: Sequence[Manifest]) -> FoundModule | None:
@@ -181,7 +219,12 @@ async def _find(swarm: AsyncSwarm, reference: Reference, here: Sequence[Manifest
         ModuleError: nobody has it, or several may be meant.
     """
     if not here:
-        return await swarm.module_finder.resolve(reference)
+        try:
+            return await swarm.module_finder.resolve(reference)
+        except ModuleError as error:
+            if reference.hash_prefix or not await trio.to_thread.run_sync(Path(reference.name).is_dir):
+                raise
+            raise ModuleError(f"{error}; for the folder of that name here, write ./{reference.name}") from error
     candidates = {each.hash: each for each in here}
     if not reference.hash_prefix:  # others may have another one of that name
         candidates |= {each.manifest.hash: each.manifest for each in await swarm.module_finder.named(reference.name)}
@@ -194,6 +237,8 @@ def _check_folder(folder: Path, model_digest: str | None, check: Check | None) -
     """Raises:
     ModuleError: it is no module's, or another model's.
     """
+    if not folder.is_dir():
+        raise ModuleError(f"{folder}: no such folder")
     for name in manifests.REQUIRED:
         if not (folder / name).is_file():
             raise ModuleError(f"{folder} is no module: it has no {name}")

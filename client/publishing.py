@@ -104,6 +104,7 @@ def _repository(text: str) -> str:
 def run_publish(options: argparse.Namespace) -> int:
     import trio
 
+    from client.module_folders import TRAINING_FILES
     from net.dht.service import Dht
     from net.files.server import FileServer
     from net.modules.manifest import LICENCE, NAME
@@ -115,7 +116,8 @@ def run_publish(options: argparse.Namespace) -> int:
         raise console.UserError(f"--name {options.name!r:.80}: give up to 64 of A-Z, a-z, 0-9, '.', '_' and '-'")
     if not LICENCE.fullmatch(options.licence):
         raise console.UserError(f"--licence {options.licence!r:.80}: give an SPDX name, such as Apache-2.0")
-    _, left_out = describe_files(options.folder)  # says what is wrong before anything takes time
+    # What is wrong is said before anything takes time.
+    _, left_out = describe_files(options.folder, leave_out=TRAINING_FILES)
     from client.module_files import check_tensors  # torch, which takes seconds
 
     check_tensors(options.folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -57,7 +58,8 @@ class ServedModel:
     """A model and who serves it.
 
     Attributes:
-        name, digest: which model; nodes with another digest serve another one, whatever its name.
+        name: what most of its nodes call it.
+        digest: which model; nodes with another digest serve another one, whatever its name.
         n_blocks: of the whole model.
         nodes: what its nodes announce, by their first block.
     """
@@ -68,6 +70,11 @@ class ServedModel:
     nodes: tuple[NodeAnnouncement, ...]
 
     @property
+    def names(self) -> frozenset[str]:
+        """What its nodes call it: the same files may go by another name elsewhere, as copies of a folder do."""
+        return frozenset(node.model for node in self.nodes)
+
+    @property
     def placement(self) -> list[list[PeerId]]:
         """For each block, the peers that serve it."""
         return [[n.peer_id for n in self.nodes if n.start <= block < n.end] for block in range(self.n_blocks)]
@@ -76,6 +83,12 @@ class ServedModel:
     def missing(self) -> list[tuple[int, int]]:
         """The runs of blocks [start, end) that nobody serves."""
         return runs_without(self.n_blocks, self.nodes)
+
+
+def usual_name(nodes: Sequence[NodeAnnouncement]) -> str:
+    """What most of a model's nodes call it; of names that are as frequent, the first in the alphabet."""
+    counts = Counter(node.model for node in nodes)
+    return min(counts, key=lambda name: (-counts[name], name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,12 +165,14 @@ class AsyncSwarm:
             by_identity.setdefault((node.digest, node.blocks), []).append(node)
         return [
             ServedModel(
-                name=nodes[0].model,
+                name=usual_name(nodes),
                 digest=digest,
                 n_blocks=n_blocks,
                 nodes=tuple(sorted(nodes, key=lambda node: (node.start, node.end, node.peer_id.to_bytes()))),
             )
-            for (digest, n_blocks), nodes in sorted(by_identity.items(), key=lambda item: (item[1][0].model, item[0]))
+            for (digest, n_blocks), nodes in sorted(
+                by_identity.items(), key=lambda item: (usual_name(item[1]), item[0])
+            )
         ]
 
     async def modules(self, model: str) -> list[FoundModule]:
@@ -169,7 +184,9 @@ class AsyncSwarm:
         Raises:
             UnknownModel: nobody serves a model of this name.
         """
-        digests = {model} if HEX_DIGEST.fullmatch(model) else {m.digest for m in await self.models() if m.name == model}
+        digests = (
+            {model} if HEX_DIGEST.fullmatch(model) else {m.digest for m in await self.models() if model in m.names}
+        )
         if not digests:
             raise UnknownModel(f"nobody serves {model} now; name the model's digest to find its modules all the same")
         found = [each for digest in sorted(digests) for each in await self.module_finder.for_model(digest)]

@@ -561,13 +561,15 @@ def load(
     wanted = (checkpoint.digest, checkpoint.n_blocks)
     match = next((model for model in served if (model.digest, model.n_blocks) == wanted), None)
     if match is None:
-        same_name = [model for model in served if model.name == checkpoint.name]
+        same_name = [model for model in served if checkpoint.name in model.names]
         if same_name:
             raise UnknownModel(
                 f"{checkpoint.name} is served with digest {same_name[0].digest[:12]}, but the files here have "
                 f"{checkpoint.digest[:12]}: they are different models"
             )
         raise UnknownModel(f"nobody serves {checkpoint.name}; {_spell(served)}")
+    if (plain := split_pin(name)[0]) in match.names:
+        match = replace(match, name=plain)  # others may call the same files something else
     choices = Choices.read(match.n_blocks, **options)
     methods = None if tuning is None else read_methods(tuning)
     if (methods or module is not None) and choices.local_blocks:
@@ -645,7 +647,7 @@ def _weights_check(digests: Sequence[str] | None) -> Callable[[NodeAnnouncement]
 def _find_files(name: str, served: Sequence[ServedModel], models: PeerModels, portal: Portal) -> Checkpoint:
     """From here, if they are, and else from peers."""
     plain, pin = split_pin(name)
-    is_known = any(model.name == plain for model in served)
+    is_known = any(plain in model.names for model in served)
     if not is_known and not Path(name).is_dir() and ("/" not in name or name.startswith((".", "/"))):
         raise UnknownModel(f"nobody serves {plain}; {_spell(served)}")
     try:
@@ -667,7 +669,7 @@ def _find_files(name: str, served: Sequence[ServedModel], models: PeerModels, po
 def _spell(served: Sequence[ServedModel]) -> str:
     if not served:
         return "the swarm serves no model at all; start a node with: raceme serve MODEL --bootstrap ADDR"
-    return "served are: " + ", ".join(sorted({model.name for model in served}))
+    return "served are: " + ", ".join(sorted(set().union(*(model.names for model in served))))
 
 
 def _load_tokenizer(checkpoint: Checkpoint) -> Any:

@@ -74,10 +74,15 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_methods(parser: argparse.ArgumentParser) -> None:
     methods = parser.add_argument_group("what is trained")
     methods.add_argument(
-        "--method", action="append", choices=METHODS, help="may be repeated: a head goes with any of the others"
+        "--method",
+        action="append",
+        choices=METHODS,
+        help="needed without --module; may be repeated: a head goes with any of the others",
     )
     methods.add_argument(
-        "--module", metavar="MODULE", help="train this one further, instead of --method: NAME@HASH, or its folder"
+        "--module",
+        metavar="MODULE",
+        help="train this one further, instead of --method: NAME@HASH, or its folder (with a / in it: ./my-adapter)",
     )
     methods.add_argument("--rank", type=console.whole(1, 256), metavar="N", help="of LoRA (default: 8)")
     methods.add_argument("--alpha", type=_above_zero, metavar="X", help="of LoRA (default: twice the rank)")
@@ -163,7 +168,11 @@ def _check(options: argparse.Namespace) -> None:
     """Raises:
     UserError: options that do nothing, or too few.
     """
-    if (options.method is None) == (options.module is None):
+    if options.method is not None and options.module is not None:
+        raise console.UserError(
+            "--method begins anew, and --module trains further what is there, in the same way: give one of them"
+        )
+    if options.method is None and options.module is None:
         raise console.UserError(f"say what to train, with --method ({', '.join(METHODS)}) or --module")
     methods = set(options.method or ())
     needs = {

@@ -27,7 +27,7 @@ from net.modules.manifest import HASH_DIGITS, Manifest, Reference
 from net.modules.store import ModuleStore, StoredModule, check_files
 from net.rpc.lane import Lane
 
-__all__ = ["Check", "FoundModule", "ModuleFinder", "Progress", "check_kept"]
+__all__ = ["Check", "FoundModule", "ModuleFinder", "Progress"]
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class ModuleFinder:
         """
         manifest = found.manifest
         if (known := await trio.to_thread.run_sync(store.get, manifest.hash)) is not None:
-            await trio.to_thread.run_sync(check_kept, known, check)
+            await trio.to_thread.run_sync(_check_kept, known, check)
             return known
         store.check_size(manifest)
         try:
@@ -231,7 +231,7 @@ def ambiguous(reference: Reference, candidates: Iterable[Manifest]) -> str:
     return f"{reference} may be any of {len(lines)} modules; say which, with its hash: {', '.join(lines[:8])}"
 
 
-def check_kept(module: StoredModule, check: Check | None) -> None:
+def _check_kept(module: StoredModule, check: Check | None) -> None:
     """That a module of the store is what its manifest says, and what its user wants.
 
     Raises:

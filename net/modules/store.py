@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +146,16 @@ class ModuleStore:
                 return StoredModule(manifest=manifest, folder=place / _FILES)
         raise ModuleError(f"{place} is in the way: move it aside")
 
+    def set_aside(self, module_hash: str) -> Path:
+        """Move away a module whose files were damaged, so that it can come again; gives where it is now.
+
+        Raises:
+            OSError: it cannot be moved.
+        """
+        place = self.folder / module_hash
+        target = Path(tempfile.mkdtemp(prefix=f"{module_hash}.damaged-", dir=self.folder))
+        return place.rename(target)  # takes the empty folder's place
+
     def copy_in(self, manifest: Manifest, files: Mapping[str, Path]) -> StoredModule:
         """Keep copies of files under the manifest's names.
 
@@ -176,8 +186,12 @@ class ModuleStore:
                 shutil.rmtree(part, ignore_errors=True)
 
 
-def describe_files(folder: Path) -> tuple[list[ModuleFile], list[str]]:
+def describe_files(folder: Path, *, leave_out: Collection[str] = frozenset()) -> tuple[list[ModuleFile], list[str]]:
     """What a manifest says of the files in a folder, and the names of what no module may have, which is left out.
+
+    Args:
+        folder: a module's.
+        leave_out: files that are nobody else's business; they are named nowhere.
 
     Raises:
         ModuleError: the folder is no module's.
@@ -185,7 +199,9 @@ def describe_files(folder: Path) -> tuple[list[ModuleFile], list[str]]:
     """
     if not folder.is_dir():
         raise ModuleError(f"{folder}: no such folder")
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    entries = sorted(
+        entry for entry in folder.iterdir() if not entry.name.startswith(".") and entry.name not in leave_out
+    )
     taken = [entry for entry in entries if manifests.FILE_NAME.fullmatch(entry.name) and entry.is_file()]
     for name in manifests.REQUIRED:
         if name not in {entry.name for entry in taken}:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from net.transports.memory import MemoryNetwork
 from tests.mem.conftest import Reference
 from tests.mem.swarms import swarm_of
 from tests.mem.test_modules import AUTHOR, OTHER_AUTHOR, Member, members
-from tests.modules import DIGEST, make_module, shapes
+from tests.modules import DIGEST, make_module, shapes, sign
 
 
 @asynccontextmanager
@@ -116,8 +117,61 @@ async def test_folders(tmp_path: Path) -> None:
         Description(model="bloom-tiny", model_digest="cd" * 32, method="lora").write(folder)
         with pytest.raises(ModuleError, match="cannot be used"):
             await obtain(swarm, folder, DIGEST)
-        with pytest.raises(ModuleError, match=r"is no module: it has no adapter_config\.json"):
+        with pytest.raises(ModuleError, match="nowhere: no such folder"):
             await obtain(swarm, tmp_path / "nowhere", DIGEST)
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(ModuleError, match=r"is no module: it has no adapter_config\.json"):
+            await obtain(swarm, tmp_path / "empty", DIGEST)
+
+
+async def test_a_folders_name_without_a_slash_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = MemoryNetwork()
+    monkeypatch.chdir(tmp_path)
+    make_module(tmp_path / "mine")
+    async with members(1, tmp_path, network=network) as (someone,), client_of(someone, network, tmp_path) as swarm:
+        with pytest.raises(ModuleError, match=r"nobody has the module mine now.*here, write \./mine"):
+            await obtain(swarm, "mine", DIGEST)
+
+
+async def test_a_module_that_was_damaged_here_comes_again(tmp_path: Path) -> None:
+    network, home = MemoryNetwork(), tmp_path / "home"
+    async with members(2, tmp_path, network=network) as (publisher, other), client_of(other, network, home) as swarm:
+        manifest = await publisher.publish(make_module(tmp_path / "mine"))
+        weights = (await obtain(swarm, str(manifest), DIGEST)).folder / "adapter_model.safetensors"
+        for _ in range(2):  # more than once, too
+            weights.write_bytes(b"\0" * weights.stat().st_size)
+            module = await obtain(swarm, str(manifest), DIGEST, check=as_expected)
+            assert module.folder / "adapter_model.safetensors" == weights
+            as_expected(module.folder)
+        assert len(kept(home)) == 3  # nothing of what was there is deleted
+
+
+async def test_a_module_that_was_damaged_here_stays_where_nobody_has_it(tmp_path: Path) -> None:
+    network, home = MemoryNetwork(), tmp_path / "home"
+    async with members(1, tmp_path, network=network) as (other,), client_of(other, network, home) as swarm:
+        folder = make_module(tmp_path / "mine")
+        manifest = sign(AUTHOR, folder)
+        stored = swarm.module_store.copy_in(manifest, {file.name: folder / file.name for file in manifest.files})
+        weights = stored.folder / "adapter_model.safetensors"
+        weights.write_bytes(b"\0" * weights.stat().st_size)
+        with pytest.raises(ModuleError, match="was damaged, or changed, and it cannot be fetched again: nobody has"):
+            await obtain(swarm, str(manifest), DIGEST)
+        assert kept(home) == [manifest.hash]
+
+
+async def test_a_model_goes_by_every_name_that_its_nodes_give_it(odd: Reference, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(odd.folder, tmp_path / "copied" / "a-copy"))
+    async with swarm_of(odd.folder, [(0, odd.n_blocks)], home=tmp_path) as swarm:
+        for name in (odd.folder.name, "a-copy", "a-copy"):
+            if name == "a-copy":
+                await swarm.add_node(copy, (0, 1), home=tmp_path / str(len(swarm.nodes)))
+            [served] = await swarm.client.models()
+            for known in served.names:
+                assert await swarm.client.modules(known) == []
+        assert served.names == {odd.folder.name, "a-copy"}
+        assert served.name == "a-copy"  # two of three say so
+        model = await swarm.client.model(odd.folder.name)
+        assert model.served.name == odd.folder.name
 
 
 async def test_modules_of_a_model_by_its_name(odd: Reference) -> None:

@@ -101,9 +101,11 @@ def test_a_module_outlives_its_publisher(relay: str, tmp_path: Path) -> None:
 def test_publishing_without_a_swarm(tmp_path: Path) -> None:
     folder = make_module(tmp_path / "mine")
     (folder / "optimizer.pt").write_bytes(b"")
+    for name in ("checkpoint.safetensors", "log.jsonl"):  # what a training keeps there for itself
+        (folder / name).write_bytes(b"")
     first = run(tmp_path, "publish", str(folder), "--name", "my-adapter", "--json")
     assert first.status == 0
-    assert "not published, as no module has such files: optimizer.pt" in first.errors
+    assert "not published, as no module has such files: optimizer.pt\n" in first.errors
     assert "nobody serves it yet: give --bootstrap ADDR" in first.errors
     assert (first.json["model"], first.json["method"], first.json["addresses"]) == ("bloom-tiny", "lora", [])
     assert sorted(os.listdir(first.json["folder"])) == sorted(

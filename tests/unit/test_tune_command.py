@@ -152,7 +152,8 @@ def test_classes_are_learnt(
     assert swarm.asked[0]["tuning"] == [ClassificationHead(("chronicles", "psalms", "python"))]
     assert len(swarm.asked) == 1, "no model is foretold words with"
     output, errors = capsys.readouterr()
-    assert "% right" in output and "raceme publish" in output
+    assert "% right" in output and f"raceme publish {out} --name NAME --bootstrap ADDR" in output
+    assert "raceme generate" not in output, "a head gives no tokens"
     assert "are too long" in errors
     metrics = json.loads((out / "raceme.json").read_text())["metrics"]
     assert metrics["accuracy"] > 0.6
@@ -216,7 +217,7 @@ def test_a_module_is_trained_further(swarm: LocalSwarm, texts: Path, tmp_path: P
     ("options", "told"),
     [
         ([], "--method (lora, prompt, deep-prompt, head) or --module"),
-        (["--method", "lora", "--module", "a"], "--method (lora"),
+        (["--method", "lora", "--module", "a"], "--method begins anew, and --module"),
         (["--method", "prompt", "--rank", "3"], "--rank does nothing without --method lora"),
         (["--method", "lora", "--prompt-tokens", "3"], "--prompt-tokens does nothing without --method prompt"),
         (["--method", "lora", "--regression"], "--regression does nothing"),

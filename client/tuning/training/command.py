@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -194,7 +195,8 @@ def tune(swarm: Swarm, task: Task, *, as_json: bool) -> int:
         run = {"went_on_after": outcome.began_at, "tokens_per_s": outcome.tokens_per_s}
         console.print_json({**out, **told, **run})
     else:
-        _print(task, told, parameters=sum(parameter.numel() for parameter in model.tuned.parameters()))
+        parameters = sum(parameter.numel() for parameter in model.tuned.parameters())
+        _print(task, told, parameters=parameters, has_head=_head(methods) is not None)
     return 0
 
 
@@ -280,15 +282,19 @@ def _spell_data(what: str, path: Path, examples: Examples) -> str:
     return told
 
 
-def _print(task: Task, told: Mapping[str, float], *, parameters: int) -> None:
+def _print(task: Task, told: Mapping[str, float], *, parameters: int, has_head: bool) -> None:
     if "held_out_loss" in told:
         text = f"held-out loss {told['held_out_loss']:.4f}"
         if FROZEN in told:
-            text += f", {told[FROZEN] - told['held_out_loss']:.4f} below the frozen model's"
+            gain = told[FROZEN] - told["held_out_loss"]
+            text += f", {abs(gain):.4f} {'below' if gain >= 0 else 'above'} the frozen model's"
         if "accuracy" in told:
             text += f", {told['accuracy']:.1%} right"
         print(text)
     print(f"{task.out} holds what was trained: {parameters} parameters")
-    name = task.model if task.model.isprintable() else "..."
-    print(f'use it with swarm.model("{name}", module="{task.out.absolute()}"), share it with raceme publish {task.out}')
+    name, folder = shlex.quote(task.model), shlex.quote(str(task.out.absolute()))
+    if not has_head:  # which gives no tokens
+        print(f"use it:      raceme generate --bootstrap ADDR --model {name} --module {folder} PROMPT")
+    print(f"from Python: swarm.model({task.model!r}, module={str(task.out.absolute())!r})")
+    print(f"share it:    raceme publish {folder} --name NAME --bootstrap ADDR")
     sys.stdout.flush()

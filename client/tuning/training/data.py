@@ -179,7 +179,10 @@ def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list
         InvalidInput: There is one line only.
     """
     if len(rows) < 2:
-        raise InvalidInput("one text cannot be split into training and held-out texts: name a file with --held-out")
+        raise InvalidInput(
+            "one text cannot be split into training and held-out texts: name a file with --held-out, or "
+            "evaluate with nothing, --held-out-share 0"
+        )
     count = min(len(rows) - 1, max(1, round(share * len(rows))))
     chosen = set(random.Random(f"held-out {seed}").sample(range(len(rows)), count))
     return (
