@@ -23,10 +23,13 @@ import torch
 
 import client.cli
 import client.commands
+from client.tuning import LoRA, peft_files
+from client.tuning.tuned import Tuned
 from compute.models import find_checkpoint
 from net.identity import Identity
 from net.protocol import announcement, session
 from tests.checkpoints import make_checkpoint
+from tests.one_machine import shake
 from tests.sockets.commands import LOOPBACK, Command, run, started
 
 PROMPT = "In the beginning"
@@ -281,6 +284,20 @@ def test_generate_streams_what_transformers_gives(
         client.cli.main((*common, PROMPT))
     assert caught.value.code == 0
     assert capsys.readouterr() == (text + "\n", "")
+
+
+def test_generate_with_a_module(relay: str, nodes: list[dict[str, Any]], tmp_path: Path) -> None:
+    config = find_checkpoint("bloom-tiny").config
+    words = torch.zeros(config.vocab_size, config.hidden_size)
+    tuned = Tuned(config, [LoRA(rank=2)], words)
+    shake(tuned)
+    peft_files.write(tuned, tmp_path / "mine", "bloom-tiny")
+    common = ("generate", "--bootstrap", relay, "--model", "bloom-tiny", "--max-new-tokens", "4", PROMPT)
+    plain, other = run(tmp_path, *common), run(tmp_path, *common, "--module", str(tmp_path / "mine"))
+    assert (plain.status, other.status, other.errors) == (0, 0, "")
+    assert other.output.startswith(PROMPT) and other.output != plain.output
+    missing = run(tmp_path, *common, "--module", "./nowhere")
+    assert (missing.status, missing.errors) == (1, "raceme: error: nowhere: no such folder\n")
 
 
 def test_generate_goes_on_where_a_session_left_off(
