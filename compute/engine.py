@@ -21,7 +21,7 @@ import hashlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -136,7 +136,7 @@ class Engine:
         self._sessions: dict[int, _Session] = {}
         self._closing: dict[int, _Session] = {}
         self._requests: dict[Ticket, _Request] = {}
-        self._tuning_bytes = 0  # of what is being made for sessions that are not open yet
+        self._making: list[tuple[Hashable, SpanTuning]] = []  # for sessions of peers that are not open yet
         self._keys = itertools.count(1)
         self._state = "new"  # new -> running -> stopping -> stopped
         # To the thread and back
@@ -539,21 +539,24 @@ class Engine:
     async def _added(self, tuning: SpanTuning, span: BloomSpan, peer: Hashable) -> ServedTuning:
         """A tuning of a span's blocks, for sessions; once for all that have the same."""
         key = await trio.to_thread.run_sync(lambda: tuning.key)
-        theirs, known = self._tunings(peer), self._tunings()
+        theirs = {each.key: each.n_bytes for each in self._tunings(peer).values()}
+        theirs |= {made.key: made.n_bytes for whose, made in self._making if whose == peer}
+        known, making = self._tunings(), sum(made.n_bytes for _, made in self._making)
         share, most = self.settings.tuning_bytes_per_peer, self.settings.tuning_bytes
         if tuning.n_bytes > share:
             raise BadInput("too-long", f"a tuning of {tuning.n_bytes} bytes, at most {share} are served")
-        if key not in theirs and _n_bytes(theirs) + tuning.n_bytes > share:
+        if key not in theirs and sum(theirs.values()) + tuning.n_bytes > share:
             raise EngineBusy(f"what your sessions add is more than {share} bytes together")
         if key in known:
             return known[key]
-        if _n_bytes(known) + self._tuning_bytes + tuning.n_bytes > most:
+        if sum(each.n_bytes for each in known.values()) + making + tuning.n_bytes > most:
             raise EngineBusy(f"what sessions add is more than {most} bytes together")
-        self._tuning_bytes += tuning.n_bytes
+        mine = (peer, tuning)
+        self._making.append(mine)
         try:
             return await self._thread.run(lambda _: self._runner.served(tuning, span))
         finally:
-            self._tuning_bytes -= tuning.n_bytes
+            self._making.remove(mine)
 
     def _tunings(self, *peers: Hashable) -> dict[bytes, ServedTuning]:
         """What open sessions add, by key; those of some peers, or of all."""
@@ -848,10 +851,6 @@ class Engine:
         except BaseException as exc:  # noqa: BLE001  # raised by the dispatcher
             self._bug = exc
             self._wake.set()
-
-
-def _n_bytes(tunings: Mapping[bytes, ServedTuning]) -> int:
-    return sum(each.n_bytes for each in tunings.values())
 
 
 def _ends_session(error: BaseException | None) -> bool:

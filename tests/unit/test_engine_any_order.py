@@ -223,7 +223,7 @@ async def scenario(rounds: list[list[Any]], clock: MockClock) -> None:
         await engine.measure(1)
         assert not engine._runner._memory
         assert not engine._closing
-        assert not engine._tunings() and not engine._tuning_bytes
+        assert not engine._tunings() and not engine._making
 
 
 @settings(max_examples=60, deadline=None)

@@ -171,7 +171,27 @@ async def test_a_tuning_lasts_as_long_as_its_sessions() -> None:
         for session in list(engine._sessions):
             await engine.close_session(session)
         await engine.measure(1)
-        assert not engine._tunings() and engine._tuning_bytes == 0
+        assert not engine._tunings() and not engine._making
+
+
+async def test_a_peer_gets_no_more_by_opening_all_sessions_at_once() -> None:
+    size, opened, refused = make_tuning(QKV).n_bytes, list[int](), list[EngineBusy]()
+    async with running(make_span(), EngineSettings(tuning_bytes=9 * size, tuning_bytes_per_peer=2 * size)) as engine:
+
+        async def open_one(seed: int) -> None:
+            try:
+                opened.append(
+                    await engine.open_session(batch=1, max_length=8, peer="a", tuning=make_tuning(QKV, seed=seed))
+                )
+            except EngineBusy as error:
+                refused.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for seed in (0, 1, 2, 3, 0, 1):
+                nursery.start_soon(open_one, seed)
+        assert len(engine._tunings("a")) == 2
+        assert len(refused) >= 2 and all("your sessions add" in str(error) for error in refused)
+        assert not engine._making
 
 
 async def test_bad_tunings_are_refused_before_anything_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +216,7 @@ async def test_bad_tunings_are_refused_before_anything_is_taken(monkeypatch: pyt
         monkeypatch.setattr("compute.tuning._serve", full)
         with pytest.raises(OutOfCache):
             await engine.open_session(batch=1, max_length=8, tuning=make_tuning(BOTH))
-        assert (engine.stats.sessions, engine._tuning_bytes, len(engine._tunings())) == (0, 0, 0)
+        assert (engine.stats.sessions, len(engine._making), len(engine._tunings())) == (0, 0, 0)
 
 
 async def test_what_a_tuning_makes_infinite_ends_that_session_alone() -> None:
