@@ -27,6 +27,7 @@ from net.modules import manifest as manifests
 from net.modules.finding import Check, FoundModule, Progress, ambiguous
 from net.modules.manifest import Manifest, Reference
 from net.modules.store import StoredModule, check_files
+from net.replacing import FOR_ALL, replace_file
 
 if TYPE_CHECKING:
     from client.swarm import AsyncSwarm
@@ -98,10 +99,10 @@ class Description:
         )
 
     def write(self, folder: Path) -> None:
-        """Put it into a folder.
+        """Put it into a folder, in place of what is there.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: it cannot be written; what was there is there still.
         """
         fields = {
             "version": VERSION,
@@ -111,7 +112,8 @@ class Description:
             "metrics": dict(self.metrics),
             "parent": self.parent,
         }
-        (folder / DESCRIPTION_FILE).write_text(json.dumps(fields, indent=2, allow_nan=False) + "\n")
+        text = json.dumps(fields, indent=2, allow_nan=False) + "\n"
+        replace_file(folder / DESCRIPTION_FILE, text.encode(), mode=FOR_ALL)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import platform
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from net.replacing import replace_file
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -60,16 +60,7 @@ class OutcomeFile:
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(suffix=".part", dir=self.path.parent)
-            part = Path(name)
-            try:
-                with os.fdopen(handle, "w") as file:
-                    json.dump({"key": self.key, **content}, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                part.replace(self.path)
-            finally:
-                part.unlink(missing_ok=True)
+            replace_file(self.path, json.dumps({"key": self.key, **content}).encode())
         except OSError as exc:
             _log.info("%s: not kept (%s)", self.path, exc)
 

@@ -23,9 +23,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
-import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -37,6 +35,7 @@ from typing import Any, Final
 import trio
 
 from net.identity import PeerId
+from net.replacing import replace_file
 
 __all__ = ["Reputation"]
 
@@ -380,16 +379,7 @@ def _write(path: Path, snapshot: _Snapshot) -> OSError | None:
     """Put it there as a whole, or not at all; says why not."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
-        part = Path(name)
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(snapshot.spell())
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        replace_file(path, snapshot.spell().encode())
     except OSError as error:
         return error
     return None

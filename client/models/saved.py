@@ -12,14 +12,13 @@ says how many of these are padding, or is null. ``weights`` is the digest of all
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from client.errors import InvalidInput
 from net.protocol.session import MAX_BATCH, MAX_LENGTH
+from net.replacing import replace_file
 
 VERSION: Final = 1
 MAX_FILE_BYTES: Final = 64 << 20  # ten million tokens
@@ -85,16 +84,7 @@ class SavedSession:
         data = json.dumps(content, separators=(",", ":")).encode()
         if len(data) > MAX_FILE_BYTES:
             raise InvalidInput(f"the session takes {len(data)} bytes; at most {MAX_FILE_BYTES} are saved")
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        part = Path(name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        replace_file(path, data)
 
     @classmethod
     def read(cls, path: Path) -> SavedSession:

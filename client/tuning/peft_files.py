@@ -10,8 +10,6 @@ Nothing that is read is run: numbers are looked at before they are taken, each f
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -36,6 +34,7 @@ from client.tuning.methods import (
 from client.tuning.tuned import LAYERS, Tuned, n_elements
 from compute.bloom import BloomConfig
 from net.errors import ModuleError
+from net.replacing import FOR_ALL, replace_file
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
@@ -79,9 +78,9 @@ def write(tuned: Tuned, folder: Path, base_model: str) -> None:
         _stored_name(tuned, name): parameter.detach().cpu().contiguous()
         for name, parameter in tuned.state_dict().items()
     }
-    replace_file(folder / WEIGHTS_FILE, to_safetensors(tensors, metadata={"format": "pt"}))
+    replace_file(folder / WEIGHTS_FILE, to_safetensors(tensors, metadata={"format": "pt"}), mode=FOR_ALL)
     text = json.dumps(config_of(tuned, base_model), indent=2, sort_keys=True)
-    replace_file(folder / CONFIG_FILE, text.encode())
+    replace_file(folder / CONFIG_FILE, text.encode(), mode=FOR_ALL)
 
 
 def config_of(tuned: Tuned, base_model: str) -> dict[str, Any]:
@@ -197,21 +196,6 @@ def read_weights(tuned: Tuned, folder: Path) -> None:
 def _stored_name(tuned: Tuned, name: str) -> str:
     """What a parameter is called in the file: PEFT has a prefix before those of modules."""
     return _PREFIX + name if config_of(tuned, "")["peft_type"] == "LORA" else name
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Have a file with these bytes, or the one that was there: nothing in between, also when the power goes."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.chmod(0o644)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _spell(method: Method) -> dict[str, Any]:

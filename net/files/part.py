@@ -16,6 +16,7 @@ from typing import Final
 
 from net.errors import StorageError
 from net.files.pieces import PIECE_BYTES, Hashes, hash_file
+from net.replacing import sync_folder
 
 LEFT_BYTES: Final = 16 << 20  # of the disk, for others
 
@@ -116,7 +117,7 @@ class Part:
             os.ftruncate(self._fd, size)  # what was there before may have been longer
             os.fsync(self._fd)
             self._path.replace(self._target)
-            _sync_folder(self._target.parent)
+            sync_folder(self._target.parent)
         except OSError as error:
             raise _refused(self._target, error) from error
 
@@ -134,14 +135,6 @@ class Part:
             pass  # renamed
         finally:
             os.close(self._fd)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _refused(path: Path, error: OSError) -> StorageError:

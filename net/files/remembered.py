@@ -11,11 +11,11 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from pathlib import Path
 from typing import Final
 
 from net.files.pieces import FileId, Hashes, hash_file
+from net.replacing import replace_file
 
 MAX_REMEMBERED: Final = 4096  # files; those that were not used for the longest time go first
 logger = logging.getLogger(__name__)
@@ -48,13 +48,7 @@ class RememberedHashes:
         try:
             head = json.dumps(_mark(path) | {"root": str(hashes.file)})
             self._folder.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=".", dir=self._folder)
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(head.encode() + b"\n" + hashes.joined)
-                Path(name).replace(place)
-            finally:
-                Path(name).unlink(missing_ok=True)
+            replace_file(place, head.encode() + b"\n" + hashes.joined)
             self._tidy()
         except OSError as error:
             logger.info("hashes of %s are not remembered: %s", path, error)

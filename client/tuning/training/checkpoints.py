@@ -13,9 +13,7 @@ It is a safetensors file, replaced as a whole::
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +25,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from client.errors import InvalidInput
+from net.replacing import PART_SUFFIX, replace_file
 
 _MARK: Final = "raceme-training"
 VERSION: Final = 1
-PART_SUFFIX: Final = ".part"  # of a file that is being written; it begins with a dot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,34 +147,6 @@ class Checkpoint:
         if rng.dtype != torch.uint8 or rng.dim() != 1:
             raise ValueError("its random numbers are none")
         return cls(step=step, marks=marks, notes=notes, parameters=parameters, optimizer=optimizer, rng=rng)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Put data in place of a file, at once: whoever looks sees the old file or the new one, also after a crash.
-
-    Raises:
-        OSError: It cannot be written; what was there is there still.
-    """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART_SUFFIX, dir=path.parent)
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        _sync_folder(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """So that the new name outlives a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def remove_parts(folder: Path) -> None:

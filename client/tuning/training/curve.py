@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from client.tuning.training.checkpoints import replace_file
+from net.replacing import replace_file
 
 
 class Curve:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from client.errors import InvalidInput
 from client.modules import DESCRIPTION_FILE, Description
-from client.tuning.training.checkpoints import PART_SUFFIX
 from client.tuning.training.loop import CHECKPOINT_FILE, CURVE_FILE, Tunable
+from net.replacing import PART_SUFFIX
 
 
 @contextmanager
