@@ -94,8 +94,13 @@ def offers_of(nodes: Sequence[NodeAnnouncement], name: str, pin: str | None = No
         Offer(manifest=manifest, model=name, digest=digest, nodes=tuple(those))
         for (manifest, digest), those in found.items()
     ]
+    if pin is not None:
+        offers = [offer for offer in offers if offer.fits(pin)]
+        named = [offer for offer in offers if str(offer.manifest).startswith(pin)]
+        if len(pin) >= SAID_DIGITS and named:  # which nobody can imitate; a model's digest anybody can say
+            offers = named
     return sorted(
-        (offer for offer in offers if pin is None or offer.fits(pin)),
+        offers,
         key=lambda offer: (-len(offer.nodes), offer.manifest.root, offer.digest),
     )
 

@@ -22,7 +22,7 @@ from compute.errors import CheckpointError
 from compute.peer_models import find_at_peers, read_manifest
 from net.files import models as travel
 from net.files.manifest import ModelManifest
-from net.files.models import MODELS_FOLDER, PeerModels, offers_of, split_pin
+from net.files.models import MODELS_FOLDER, SAID_DIGITS, PeerModels, offers_of, split_pin
 from net.files.part import LEFT_BYTES
 from net.files.pieces import FileId, Hashes, hash_file
 from net.files.remembered import RememberedHashes
@@ -356,6 +356,9 @@ def test_the_offer_of_most_nodes_comes_first() -> None:
     assert [offer.manifest for offer in offers_of(nodes, "some-bloom", str(files[0])[:8])] == [files[0]]
     assert offers_of(nodes, "some-bloom", nodes[0].digest[:9]) == found
     assert offers_of(nodes, "nothing") == []
+    liar = replace(nodes[0], peer_id=announced(99, 0, 8).peer_id, digest=str(files[0]), files=files[1])
+    for pin in (str(files[0]), str(files[0])[:SAID_DIGITS]):  # of files: what somebody calls a model is nothing to it
+        assert [offer.manifest for offer in offers_of([*nodes, liar], "some-bloom", pin)] == [files[0]]
 
 
 def test_a_pin_that_fits_several_is_refused() -> None:
