@@ -356,7 +356,7 @@ def test_the_offer_of_most_nodes_comes_first() -> None:
     assert [offer.manifest for offer in offers_of(nodes, "some-bloom", str(files[0])[:8])] == [files[0]]
     assert offers_of(nodes, "some-bloom", nodes[0].digest[:9]) == found
     assert offers_of(nodes, "nothing") == []
-    liar = replace(nodes[0], peer_id=announced(99, 0, 8).peer_id, digest=str(files[0]), files=files[1])
+    liar = replace(nodes[0], peer_id=announced(8, 0, 8).peer_id, digest=str(files[0]), files=files[1])
     for pin in (str(files[0]), str(files[0])[:SAID_DIGITS]):  # of files: what somebody calls a model is nothing to it
         assert [offer.manifest for offer in offers_of([*nodes, liar], "some-bloom", pin)] == [files[0]]
 
