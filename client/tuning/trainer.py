@@ -19,7 +19,7 @@ import trio
 from torch import Tensor
 
 from client.choices import NO_CHOICES, Choices
-from client.errors import MissingBlocks, SessionFailed, UnknownModel
+from client.errors import InvalidInput, MissingBlocks, SessionFailed, UnknownModel
 from client.legs import FindNodes
 from client.pricing import NOTHING_MEASURED, Hop, Measurements, Wishes
 from client.routing import choose_chain, spread
@@ -42,6 +42,8 @@ PARTS_AT_NODE: Final = 3  # of ours, at once: one runs, one waits, one is on its
 PATIENCE_S: Final = 30.0  # for somebody to take over what nobody serves any more
 AGAIN_S: Final = 0.25  # before the next look for somebody; twice as long each time, up to
 MAX_AGAIN_S: Final = 2.0
+OVERFLOWS: Final = frozenset({"bad-output", "not-finite"})
+MAX_OVERFLOWS: Final = 3  # by one node, where there is no other
 MAX_FAILURES: Final = 64  # of one part's way through one span, before it is given up
 
 T = TypeVar("T")
@@ -331,16 +333,25 @@ class _Failures:
         self._patience_s = patience_s
         self._count = 0
         self._since = 0.0
+        self._overflows: list[object] = []  # who said so
 
     def after(self, error: errors.PeerFailed) -> float:
         """Until when to look for somebody else.
 
         Raises:
+            InvalidInput: several say that the numbers overflow: it is not they who are to blame.
             SessionFailed: it has failed too often.
         """
         if not self._count:
             self._since = trio.current_time()
         self._count += 1
+        if isinstance(error.__cause__, errors.RpcError) and error.__cause__.code in OVERFLOWS:
+            self._overflows.append(error.peer_id)
+            if len(set(self._overflows)) > 1 or len(self._overflows) >= MAX_OVERFLOWS:
+                raise InvalidInput(
+                    f"the blocks give NaN or infinity for these values, as {len(self._overflows)} tries have shown: what "
+                    f"is trained has diverged; take a lower learning rate, from a checkpoint before this"
+                ) from error
         if self._count >= MAX_FAILURES:
             raise SessionFailed(f"given up after {self._count} failures, the last one of {error}") from error
         return self._since + self._patience_s

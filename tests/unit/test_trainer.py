@@ -227,6 +227,26 @@ def test_the_callers_fault_is_not_tried_again_and_blames_nobody() -> None:
     assert len(caller.calls) == 1
 
 
+@pytest.mark.parametrize(("spans", "tries"), [([(0, 6)], 3), ([(0, 6), (0, 6)], 2)])
+def test_numbers_that_overflow_are_the_callers_after_some_tries(spans: list[tuple[int, int]], tries: int) -> None:
+    class Overflowing(FakeCaller):
+        async def forward(self, hop: Hop, digest: str, hidden: Tensor, tuning: SpanTuning | None) -> Tensor:
+            await super().forward(hop, digest, hidden, tuning)
+            refused = errors.RpcError("bad-output", "the model gave NaN")
+            raise errors.PeerFailed(hop.node.peer_id, str(refused)) from refused
+
+    caller = Overflowing()
+    trainer = make(caller, nodes(*spans))
+    hidden, tuning, _ = inputs(1)
+
+    async def main() -> None:
+        with pytest.raises(InvalidInput, match="diverged"):
+            await trainer.forward(hidden, 0, BLOCKS, tuning)
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert len(caller.calls) == tries
+
+
 def test_all_batches_keep_to_one_class_of_numerics() -> None:
     one, other = nodes((0, 6), (0, 6))
     other = replace(other, numerics=replace(other.numerics, quantization="nf4"), decode_tokens_per_s=1e6)
