@@ -738,7 +738,7 @@ class Session:
                 session.linked(leg.key, following, trio.current_time())
             elif session is not None:
                 logger.info("%s hands nothing on: %s", leg.hop.node.peer_id, error)
-                session.not_linked(leg.key, trio.current_time())
+                session.not_linked(leg.key, following, trio.current_time())
 
     def leg_placed(self, leg: Leg, number: int, state: str) -> None:
         with self._event(leg) as session:

@@ -212,6 +212,8 @@ class LegState:
         version: The order of rows that its tokens have.
         keeps: Whether it may still have what its steps gave.
         linked_to: The leg that it hands on to.
+        link_asked: The one that its node has been asked to reach.
+        unlinked_from: The one that it cannot hand on to, until ``relink_at``.
         leaving: Whether it has said that it will not serve for much longer.
         lost: Whether it is being looked for.
         silent: Whether it has not shown for a while that it is there, though it was asked to.
@@ -227,8 +229,9 @@ class LegState:
     version: int = 0
     keeps: bool = True
     linked_to: int | None = None
-    link_asked: bool = False
+    link_asked: int | None = None
     link_asked_at: float = 0.0
+    unlinked_from: int | None = None
     relink_at: float = 0.0
     leaving: bool = False
     lost: bool = False
@@ -589,7 +592,7 @@ class SessionCore:
         leg.lost = leg.silent = leg.has_no_spare = False
         # Whatever broke the way between it and us may have broken those between it and its neighbours, and they would
         # notice only when they do not hear of each other.
-        leg.linked_to, leg.link_asked, leg.relink_at = None, False, now
+        leg.linked_to, leg.link_asked, leg.relink_at = None, None, now
         for each in self.legs:
             if each.linked_to == key:
                 each.linked_to, each.relink_at = None, now
@@ -607,15 +610,15 @@ class SessionCore:
     def linked(self, key: int, following: int, now: float) -> None:
         """A leg's node can hand on to that of another leg."""
         leg, other = self._find(key), self._find(following)
-        if leg is not None:
-            leg.link_asked = False
+        if leg is not None and leg.link_asked == following:
+            leg.link_asked = None
             if other is not None and (leg.peer_id, other.peer_id) not in self._unlinked:
                 leg.linked_to = following
 
-    def not_linked(self, key: int, now: float) -> None:
+    def not_linked(self, key: int, following: int, now: float) -> None:
         """It cannot."""
         leg = self._find(key)
-        if leg is not None:
+        if leg is not None and following in (leg.link_asked, leg.linked_to):
             self._unlink(leg, now)
 
     def answered(self, key: int, number: int, payload: Any, now: float, *, unpushed: bool = False) -> None:
@@ -717,7 +720,7 @@ class SessionCore:
     def wakes_at(self, now: float) -> float:
         """When :meth:`advance` has something to do even if nothing happens; infinity for never."""
         times = [leg.hold_until for leg in self.legs if leg.hold_until > now]
-        links = (leg.link_asked_at + LINK_WAIT_S for leg in self.legs if leg.link_asked)
+        links = (leg.link_asked_at + LINK_WAIT_S for leg in self.legs if leg.link_asked is not None)
         times.extend(time for time in links if time > now)
         if not self._looking and self._look_at > now:
             times.append(self._look_at)
@@ -905,16 +908,18 @@ class SessionCore:
         for leg, following in zip(self.legs, self.legs[1:], strict=False):
             if leg.linked_to is not None and leg.linked_to != following.key:
                 leg.linked_to = None
-            wanted = leg.linked_to is None and not leg.link_asked and now >= leg.relink_at
+            wanted = leg.linked_to is None and leg.link_asked != following.key
+            wanted = wanted and (leg.unlinked_from != following.key or now >= leg.relink_at)
             if wanted and (leg.peer_id, following.peer_id) not in self._unlinked:
-                leg.link_asked, leg.link_asked_at = True, now
+                leg.link_asked, leg.link_asked_at = following.key, now
                 self._actions.append(Link(leg=leg.key, following=following.key))
                 if not self._computed and _know_each_other(leg.hop.node, following.hop.node):
                     leg.linked_to = following.key  # the first steps need not wait for their saying so; later ones may
 
     def _unlink(self, leg: LegState, now: float) -> None:
-        leg.linked_to, leg.link_asked = None, False
-        leg.relink_at = now + RELINK_S
+        leg.linked_to = leg.link_asked = None
+        behind = self.legs[self.legs.index(leg) + 1 :] if leg in self.legs else []
+        leg.unlinked_from, leg.relink_at = (behind[0].key if behind else None), now + RELINK_S
 
     # Pieces
 
@@ -980,7 +985,7 @@ class SessionCore:
             source, end = before, min(self._journal.next_end(position), before.tokens)
         if with_order and end != self._journal.end:
             return False
-        waits_for_link = leg.link_asked and leg.linked_to is None and now < leg.link_asked_at + LINK_WAIT_S
+        waits_for_link = leg.link_asked is not None and leg.linked_to is None and now < leg.link_asked_at + LINK_WAIT_S
         if waits_for_link and end - position >= BULK_TOKENS:
             return False
         return self._begin_run(index, position, end, source, payload, now, with_order=with_order)

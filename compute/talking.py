@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Final, Protocol
 
 import trio
@@ -14,6 +16,7 @@ from compute.upload import Upload
 from compute.wire_forms import CODEC
 from net import errors
 from net.errors import RpcError
+from net.hearsay import worth_dialling
 from net.host import Host
 from net.mux.base import Stream
 from net.protocol import session as wire
@@ -23,6 +26,8 @@ from net.rpc.messages import MessageStream
 from net.swarm import Connection
 
 SESSION_IDLE_S: Final = 600.0  # a session nobody uses
+MAX_LINKS: Final = 30  # of one stream, in so many seconds: each may be a dial, to whom the client says
+LINKS_S: Final = 60.0
 PUSH_WAIT_S: Final = 2.0  # for a session to be opened that another node is to hand on to: its client is on its way
 
 
@@ -50,11 +55,14 @@ class ClientTalk:
     def __init__(self, node: Node, host: Host, connection: Connection, stream: Stream) -> None:
         self._node = node
         self._host = host
+        self._connection = connection
         self._peer_id = connection.peer_id
         self._stream = stream
         self._messages = MessageStream(stream, connection.line)
         self._held: Held | None = None
         self._upload: Upload | None = None  # what the session is to add
+        self._linked_at: deque[float] = deque(maxlen=MAX_LINKS)
+        self._reaching = trio.CancelScope()  # ends when another node is to be reached instead
 
     @property
     def bytes_per_s(self) -> float | None:
@@ -176,15 +184,26 @@ class ClientTalk:
         return Message(header={})
 
     async def _link(self, message: Message) -> None:
-        """Reach the next node; answered when it has been, or not."""
+        """Reach the next node; answered when it has been, or not. The one that was named last is, where it is or where
+        the client may have us dial.
+        """
         held, serving = self._mine()
         link, number = wire.Link.from_fields(message.header), wire.read_id(message.header)
-        held.linking = trio.Event()
-        serving.start_soon(self._reach, held, held.linking, link, number)
+        now = trio.current_time()
+        if len(self._linked_at) == MAX_LINKS and now < self._linked_at[0] + LINKS_S:
+            raise RpcError("busy", f"more than {MAX_LINKS} nodes to be reached in {LINKS_S:g} s")
+        self._linked_at.append(now)
+        link = replace(link, addresses=tuple(worth_dialling(link.addresses, self._connection.now_at)))
+        self._reaching.cancel()
+        self._reaching, held.linking = trio.CancelScope(), trio.Event()
+        serving.start_soon(self._reach, held, held.linking, link, number, self._reaching)
 
-    async def _reach(self, held: Held, done: trio.Event, link: wire.Link, number: int) -> None:
+    async def _reach(self, held: Held, done: trio.Event, link: wire.Link, number: int, scope: trio.CancelScope) -> None:
         try:
-            opened = await PushLink.open(self._host, link, held.sender.alike(may_compress=CODEC in link.codecs))
+            with scope:
+                opened = await PushLink.open(self._host, link, held.sender.alike(may_compress=CODEC in link.codecs))
+            if scope.cancelled_caught:
+                raise errors.PeerFailed(link.peer_id, "another node is to be reached instead")
         except errors.NetError as error:
             done.set()
             await held.answer(Message(header={**lane.refusal(RpcError("unreachable", str(error))), "id": number}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,23 @@ from client.swarm import AsyncSwarm
 from compute.checkpoint import Checkpoint
 from compute.engine import Engine, EngineSettings
 from compute.pushing import PushLink
+from compute.talking import MAX_LINKS
 from compute.tensors import to_wire
 from compute.wire_forms import Form, Sender
+from net.addresses import Multiaddr, parse
 from net.dht.service import Dht
 from net.errors import RpcError
 from net.host import open_host
-from net.identity import Identity
+from net.identity import Identity, PeerId
 from net.protocol import session as wire
 from net.rpc import lane
 from net.rpc.framing import MAX_FRAME_BYTES, MAX_HEADER_BYTES, Message, Tensor, encode
 from net.rpc.messages import MessageStream
+from net.swarm import Connection
 from tests.checkpoints import make_checkpoint
 from tests.mem.conftest import Reference
 from tests.mem.swarms import RunningNode, TestSwarm, blocking, generate, swarm_of, until
+from tests.net_helpers import seeded
 
 PROMPT = torch.tensor([[40, 41, 90, 17, 200, 33, 12]])
 OTHER = torch.tensor([[7, 77, 177, 277, 5]])
@@ -839,6 +843,43 @@ async def test_who_hands_on_may_come_before_the_session_is_opened(odd: Reference
             answers = [await messages.receive(), await messages.receive()]
         assert [None if each is None else each.header["id"] for each in answers] == [1, 7]
         pushing.end()
+        await stream.aclose()
+
+
+async def test_a_client_has_a_node_dial_few_and_only_where_it_may(
+    odd: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with swarm_of(odd.folder, [(0, 5)]) as swarm:
+        [node] = swarm.nodes
+        dialled: list[tuple[str, ...]] = []
+
+        async def connect(peer_id: PeerId, known: Sequence[Multiaddr] = (), **_: Any) -> Connection:
+            dialled.append(tuple(map(str, known)))
+            await trio.sleep_forever()
+            raise AssertionError
+
+        monkeypatch.setattr(node.host, "connect", connect)
+        request = wire.Open(digest=node.offer.digest, start=0, end=5, batch=1, max_length=8)
+        stream = await swarm.client.host.open_stream(node.peer_id, [wire.PROTOCOL_ID], node.offer.addresses)
+        messages = MessageStream(stream)
+        named = tuple(
+            map(parse, ["/ip4/127.0.0.1/tcp/22", "/ip4/192.168.1.1/tcp/80", "/memory/77", "/dns/router/tcp/80"])
+        )
+        link = wire.Link(peer_id=seeded(77).peer_id, addresses=named, token=request.push_token)
+        asked = [{"m": "open", **request.to_fields()}, *[{"m": "link", **link.to_fields()}] * (MAX_LINKS + 2)]
+        answers: list[tuple[int, str]] = []
+        for number, fields in enumerate(asked, 1):
+            await messages.send(encode(Message(header={"id": number, **fields})))
+        with trio.fail_after(5):
+            while len(answers) < len(asked) - 1:  # the last link that was taken is still being made
+                answer = await messages.receive()
+                assert answer is not None
+                answers.append((answer.header["id"], answer.header.get("e", "")))
+        codes = dict(answers)
+        assert codes.pop(1) == ""
+        assert [codes.pop(MAX_LINKS + 2), codes.pop(MAX_LINKS + 3)] == ["busy", "busy"]
+        assert set(codes.values()) == {"unreachable"}, "only the last one is to be reached"
+        assert set(dialled) == {("/memory/77",)}
         await stream.aclose()
 
 

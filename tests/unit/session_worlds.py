@@ -257,7 +257,7 @@ class World:
             if isinstance(thing, core.Open):
                 self.tell(leg, self.core.failed, leg, "no answer")
             elif isinstance(thing, core.Link):
-                self.tell(leg, self.core.not_linked, leg)
+                self.tell(leg, self.core.not_linked, leg, thing.following)
             return
         if not node.up or session.gone:
             if not isinstance(key, tuple) and not session.gone:
@@ -270,7 +270,7 @@ class World:
             case core.Link(following=following):
                 other = self.sessions.get(following)
                 if other is None or other.gone or self.random.random() < 0.1:
-                    self.tell(leg, self.core.not_linked, leg)
+                    self.tell(leg, self.core.not_linked, leg, following)
                 else:
                     session.next = following
                     self.tell(leg, self.core.linked, leg, following)
@@ -295,7 +295,7 @@ class World:
             if not isinstance(thing[0], int):  # else another node's; that stream waits, or ends
                 self.tell(leg, self._refuse, leg, thing[0].run, "bad-input")
         elif isinstance(thing, core.Link):
-            self.tell(leg, self.core.not_linked, leg)
+            self.tell(leg, self.core.not_linked, leg, thing.following)
         elif isinstance(thing, core.Open) and self.random.random() < 0.1:
             self.tell(leg, self._put_off, leg, thing)
         elif isinstance(thing, core.Open):
