@@ -12,6 +12,7 @@ import pytest
 import torch
 import trio
 
+import client.core.chain
 import client.session
 import compute.serving
 import net.rpc.framing
@@ -175,7 +176,7 @@ async def test_a_node_gives_no_more_than_a_message_holds(odd: Reference, monkeyp
         model: Any = await swarm.model(odd.folder)
         with monkeypatch.context() as limited:
             limited.setattr(net.rpc.framing, "MAX_FRAME_BYTES", MAX_HEADER_BYTES + 12 * 3 * 48 * 4)
-            limited.setattr(client.session_core, "OPENING_WAIT_S", 0.1)
+            limited.setattr(client.core.chain, "OPENING_WAIT_S", 0.1)
             with pytest.raises(ClientError, match="too-long"):
                 await blocking(partial(model, LONG, output_hidden_states=True))
         assert refused

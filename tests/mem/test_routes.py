@@ -10,9 +10,9 @@ import pytest
 import torch
 import trio
 
+import client.core.chain
 import client.directory
 import client.session
-import client.session_core
 from client.errors import InvalidInput, MissingBlocks
 from client.models.cache import SessionCache
 from client.swarm import AsyncSwarm
@@ -188,7 +188,7 @@ async def test_who_is_to_be_used(odd: Reference) -> None:
 
 
 async def test_a_blocked_node_replaces_nobody(odd: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client.session_core, "WAIT_S", 0.5)
+    monkeypatch.setattr(client.core.chain, "WAIT_S", 0.5)
     async with swarm_of(odd.folder, [(0, 5), (0, 5)]) as swarm:
         used, blocked = swarm.nodes
         model = await swarm.client.model(str(odd.folder), block=[blocked.peer_id])

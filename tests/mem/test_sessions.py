@@ -14,9 +14,11 @@ import torch
 import trio
 import trio.testing
 
+import client.core.chain
+import client.core.patience
+import client.core.state
 import client.legs
 import client.session
-import client.session_core
 import compute.serving
 import compute.talking
 from client.errors import ClientError, InvalidInput, MissingBlocks, UnknownModel
@@ -601,7 +603,7 @@ def monitored(leg: client.legs.Leg, sent: list[object]) -> None:
 
 async def test_a_dead_node_that_nobody_replaces(odd: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client.legs, "RETURN_S", 1.0)
-    monkeypatch.setattr(client.session_core, "WAIT_S", 1.0)
+    monkeypatch.setattr(client.core.chain, "WAIT_S", 1.0)
     async with swarm_of(odd.folder, TWO) as swarm:
         with (
             trio.fail_after(10),
@@ -618,7 +620,7 @@ async def test_a_session_outlives_a_failure_when_the_node_comes_back(
     odd: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client.legs, "RETURN_S", 1.0)
-    monkeypatch.setattr(client.session_core, "WAIT_S", 1.0)
+    monkeypatch.setattr(client.core.chain, "WAIT_S", 1.0)
     identity = Identity.generate(b"\x07" * 32)
     async with swarm_of(odd.folder, [(0, 2)]) as swarm:
         node = await swarm.add_node(odd.folder, (2, 5), identity=identity)
@@ -717,7 +719,8 @@ async def test_a_node_that_answers_nonsense_is_replaced(
 async def test_a_node_that_does_not_answer_is_replaced(
     odd: Reference, victim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client.session_core, "MIN_PATIENCE_S", 0.3)
+    for layer in (client.core.state, client.core.patience):
+        monkeypatch.setattr(layer, "MIN_PATIENCE_S", 0.3)
     honest = compute.serving.Held._do
     async with swarm_of(odd.folder, TWO) as swarm:
         bad = swarm.nodes[victim]
@@ -761,7 +764,7 @@ async def test_a_node_that_stays_busy_is_given_up(odd: Reference, monkeypatch: p
     async def busy(*_: Any) -> None:
         raise RpcError("out-of-cache", "no room left", 0.001)
 
-    monkeypatch.setattr(client.session_core, "OPENING_WAIT_S", 1.0)
+    monkeypatch.setattr(client.core.chain, "OPENING_WAIT_S", 1.0)
     async with swarm_of(odd.folder, TWO) as swarm:
         monkeypatch.setattr(compute.serving.Held, "_do", busy)
         with trio.fail_after(8), pytest.raises(MissingBlocks) as caught:
@@ -774,7 +777,7 @@ async def test_all_nodes_fail_one_after_another(odd: Reference, monkeypatch: pyt
     async def broken(*_: Any) -> None:
         raise RpcError("internal", "a bug")
 
-    monkeypatch.setattr(client.session_core, "OPENING_WAIT_S", 1.0)
+    monkeypatch.setattr(client.core.chain, "OPENING_WAIT_S", 1.0)
     async with swarm_of(odd.folder, [(0, 5)] * 6) as swarm:
         monkeypatch.setattr(compute.serving.Held, "_do", broken)
         with trio.fail_after(8), pytest.raises(MissingBlocks, match=r"blocks 0:5.*a bug"):
