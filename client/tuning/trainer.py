@@ -349,8 +349,8 @@ class _Failures:
             self._overflows.append(error.peer_id)
             if len(set(self._overflows)) > 1 or len(self._overflows) >= MAX_OVERFLOWS:
                 raise InvalidInput(
-                    f"the blocks give NaN or infinity for these values, in {len(self._overflows)} tries: what is trained "
-                    f"has diverged; take a lower learning rate, from a checkpoint before this"
+                    f"the blocks give NaN or infinity for these values, in {len(self._overflows)} tries: what is "
+                    f"trained has diverged; take a lower learning rate, from a checkpoint before this"
                 ) from error
         if self._count >= MAX_FAILURES:
             raise SessionFailed(f"given up after {self._count} failures, the last one of {error}") from error

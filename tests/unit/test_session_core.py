@@ -7,6 +7,7 @@ import random
 import pytest
 
 from client import session_core as core
+from client.core.patience import OPEN_PATIENCE_S
 from client.errors import ClientError, MissingBlocks
 from net.errors import NetError
 from tests.unit.session_worlds import World
@@ -79,12 +80,12 @@ def test_a_node_that_is_at_it_is_not_hurried() -> None:
     keys = [action.leg for action in session.advance(now) if isinstance(action, core.Open)]
     assert keys
     for _ in range(10):  # what they are sent takes long
-        now += core.OPEN_PATIENCE_S - 0.5
+        now += OPEN_PATIENCE_S - 0.5
         for key in keys:
             session.opening(key, now)
         session.advance(now)
         assert [leg.key for leg in session.legs] == keys
-    session.advance(now + core.OPEN_PATIENCE_S)
+    session.advance(now + OPEN_PATIENCE_S)
     assert [leg.key for leg in session.legs] != keys
 
 
