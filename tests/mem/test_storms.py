@@ -82,6 +82,9 @@ async def test_one_after_another_before_a_first_token(name: str, most_s: float, 
     assert await longest_pause(AT_THE_BEGINNING[name], running=False) <= most_s
 
 
+GOAL_S = 5.0  # what is promised; these storms have 2.4 s, but tasks take turns in another order each time
+
+
 @pytest.mark.parametrize("seed", range(2))
 async def test_a_storm(seed: int, autojump_clock: MockClock) -> None:
     async with storm_of(seed) as (world, caller), trio.open_nursery() as nursery:
@@ -92,4 +95,4 @@ async def test_a_storm(seed: int, autojump_clock: MockClock) -> None:
         assert not caller.errors
         assert len(world.storm.faults) >= 60
         assert found
-        assert percentile(found, 99) <= 3.0
+        assert percentile(found, 99) <= GOAL_S

@@ -51,7 +51,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_bit_for_bit(relay: str, tmp_p
     outcome = run(tmp_path, *common, str(broken), timeout_s=90)
     assert outcome.status == 0, outcome.errors
     assert "going on after step" in outcome.errors
-    assert "share it with raceme publish" in outcome.output
+    assert f"raceme publish {broken}" in outcome.output
     for name in (*MODULE, "checkpoint.safetensors", "log.jsonl"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
     assert json.loads((whole / "raceme.json").read_text())["metrics"]["held_out_loss"] == told["held_out_loss"]
