@@ -35,7 +35,7 @@ __all__ = ["Passed", "Trainer", "part_rows"]
 logger = logging.getLogger(__name__)
 
 PARTS: Final = 8  # of a batch, at least, if it has so many sequences: they follow one another through a chain
-LEAST_TOKENS: Final = 128  # of a part, as far as sequences allow: fewer waste what loading weights costs
+LEAST_TOKENS: Final = 256  # of a part, as far as sequences allow: fewer waste what loading weights costs
 MOST_TOKENS: Final = 1024
 MOST_ROWS: Final = 32  # that every node takes at once
 PARTS_AT_NODE: Final = 3  # of ours, at once: one runs, one waits, one is on its way

@@ -83,7 +83,7 @@ async def train(folder: Path, spans: list[Span], *, is_deadly: bool) -> tuple[st
         generator = torch.Generator().manual_seed(2)
 
         def step() -> float:
-            ids = torch.randint(4, 320, (4, 40), generator=generator)
+            ids = torch.randint(4, 320, (4, 80), generator=generator)  # two parts
             optimizer.zero_grad()
             loss = model(input_ids=ids, labels=ids).loss
             loss.backward()

@@ -96,7 +96,7 @@ def make(caller: FakeCaller, served: list[NodeAnnouncement], *, patience_s: floa
     return Trainer(caller, find, Reputation(None, trio.current_time), "0" * 64, patience_s=patience_s)
 
 
-def inputs(rows: int, tokens: int = 40) -> tuple[Tensor, SpanTuning, Tensor]:
+def inputs(rows: int, tokens: int = 100) -> tuple[Tensor, SpanTuning, Tensor]:
     generator = torch.Generator().manual_seed(rows)
     flat = torch.randn(FORM.n_elements(CONFIG, 0, BLOCKS), generator=generator)
     return (
@@ -267,7 +267,7 @@ def test_all_batches_keep_to_one_class_of_numerics() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "tokens", "expected"),
-    [(8, 128, 1), (1, 5, 1), (64, 16, 8), (16, 2048, 1), (256, 4, 32), (256, 128, 8), (256, 1, 32)],
+    [(8, 128, 2), (1, 5, 1), (64, 16, 16), (16, 2048, 1), (256, 4, 32), (256, 128, 8), (256, 1, 32)],
 )
 def test_how_a_batch_is_cut_depends_on_its_shape_alone(rows: int, tokens: int, expected: int) -> None:
     assert part_rows(rows, tokens) == expected
