@@ -168,7 +168,7 @@ async def share(checkpoint: Checkpoint, server: FileServer, remembered: Remember
 
     Of a checkpoint from peers, files are served as they come.
 
-    Cancellation: nothing is served.
+    Cancellation: some of the files may be served, but nobody is told of them.
     """
     if isinstance(checkpoint, PeerCheckpoint):
         return checkpoint.manifest
@@ -180,7 +180,7 @@ async def share(checkpoint: Checkpoint, server: FileServer, remembered: Remember
         manifest, hashes = found
         data = manifest.to_bytes()
         for path, each in hashes.items():
-            server.add_known(each, path)
+            await server.add_known(each, path)
     except (CheckpointError, NetError, OSError, ValueError) as error:
         logger.warning("the files of %s are not given to peers: %s", checkpoint.name, error)
         return None
