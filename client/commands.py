@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from client.errors import InvalidInput
+from client import options as ours
 from net import console
 
 if TYPE_CHECKING:
@@ -20,9 +19,6 @@ if TYPE_CHECKING:
     from client.models.cache import SessionCache
     from client.swarm import Peer, ServedModel
 
-CONNECT_TIMEOUT_S = 8.0
-MAX_NEW_TOKENS = 2**20  # the longest session that there can be
-MAX_BLOCKS = 512  # of any model, at either end
 MAX_TOP_K = 2**20  # more tokens than any vocabulary has
 MAX_FACTOR = 1e6  # beyond it, and below its inverse, logits leave the range of fp32
 PIPE_COLUMNS = 120
@@ -54,15 +50,21 @@ def add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="with what was trained on the model: NAME@HASH as published, or its folder (with a / in it: ./my-adapter)",
     )
     console.add_swarm_key(generate)
+    factor = console.number(1 / MAX_FACTOR, MAX_FACTOR)
     generate.add_argument(
-        "--temperature", type=_factor, metavar="T", help="sample at this temperature (default: greedy)"
+        "--temperature", type=factor, metavar="T", help="sample at this temperature (default: greedy)"
     )
-    generate.add_argument("--top-p", type=_share, metavar="P", help="sample from the likeliest tokens that make up P")
+    generate.add_argument(
+        "--top-p",
+        type=console.number(0, 1, is_above=True),
+        metavar="P",
+        help="sample from the likeliest tokens that make up P",
+    )
     generate.add_argument(
         "--top-k", type=console.whole(1, MAX_TOP_K), metavar="K", help="sample from the K likeliest tokens"
     )
     generate.add_argument(
-        "--seed", type=console.whole(0, 2**63 - 1), metavar="N", help="make sampling repeatable; needs one of the above"
+        "--seed", type=ours.seed, metavar="N", help="make sampling repeatable; needs one of the above"
     )
     generate.add_argument(
         "--session",
@@ -71,7 +73,7 @@ def add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="go on where FILE left off, with the prompt (which may be empty then) after it, and save there; begin one "
         "if there is no such file. It holds token ids; random numbers begin anew, or with --seed",
     )
-    generate.add_argument("--repetition-penalty", type=_factor, metavar="X", help="above 1: repeat less")
+    generate.add_argument("--repetition-penalty", type=factor, metavar="X", help="above 1: repeat less")
     generate.add_argument(
         "--draft",
         choices=("auto", "off"),
@@ -85,95 +87,16 @@ def add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="how hidden states travel: auto loses nothing; bf16 and int8 take fewer bytes, and the text may differ "
         "(default: auto; --verbose shows what it takes)",
     )
-    add_choices(generate)
+    ours.add_choices(generate)
     console.add_json(generate, "text, ids and figures, at the end,")
     console.add_common(generate)
     generate.set_defaults(run=run_generate)
 
 
-def add_choices(parser: argparse.ArgumentParser) -> None:
-    """Options that say which nodes to use; ``read_pins`` reads ``--pin``."""
-    nodes = parser.add_argument_group("which nodes")
-    nodes.add_argument(
-        "--allow", action="append", type=_peer, metavar="PEER", help="use only this peer, and others so named"
-    )
-    nodes.add_argument(
-        "--block", action="append", type=_peer, default=[], metavar="PEER", help="do not use this peer; may be repeated"
-    )
-    nodes.add_argument(
-        "--pin",
-        action="append",
-        type=_pin,
-        default=[],
-        metavar="START:END=PEER",
-        help="have blocks START to END - 1 computed by this peer; may be repeated",
-    )
-    nodes.add_argument(
-        "--local-blocks",
-        type=console.whole(0, MAX_BLOCKS),
-        default=0,
-        metavar="K",
-        help="compute the first K blocks and the last K here, in fp32 on the CPU: nodes see less, and have less to do",
-    )
-    nodes.add_argument(
-        "--mixed-numerics",
-        action="store_true",
-        help="where no chain of one kind is left, mix nodes that compute with different numerics; says so",
-    )
-
-
-def _peer(text: str) -> str:
-    from client.choices import read_peer
-
-    try:
-        return str(read_peer(text))
-    except InvalidInput as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _pin(text: str) -> tuple[tuple[int, int], str]:
-    match = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})=(.+)", text.strip(), re.ASCII)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is not START:END=PEER, such as 0:4=12D3Koo...")
-    return (int(match[1]), int(match[2])), _peer(match[3])
-
-
-def read_pins(pairs: Sequence[tuple[tuple[int, int], str]]) -> dict[tuple[int, int], str]:
-    """What ``--pin`` says, for ``swarm.model``.
-
-    Raises:
-        UserError: the same blocks twice.
-    """
-    pins = dict(pairs)
-    if len(pins) < len(pairs):
-        raise console.UserError("--pin names the same blocks twice: give each block to one peer at most")
-    return pins
-
-
 def _add_max_new_tokens(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--max-new-tokens", type=console.whole(1, MAX_NEW_TOKENS), default=64, metavar="N", help="default: 64"
+        "--max-new-tokens", type=console.whole(1, ours.MAX_TOKENS), default=64, metavar="N", help="default: 64"
     )
-
-
-def _factor(text: str) -> float:
-    wanted = f"a number from {1 / MAX_FACTOR:g} to {MAX_FACTOR:g}"
-    return number(text, lambda value: 1 / MAX_FACTOR <= value <= MAX_FACTOR, wanted)
-
-
-def _share(text: str) -> float:
-    return number(text, lambda value: 0 < value <= 1, "a number above 0, at most 1")
-
-
-def number(text: str, is_good: Callable[[float], bool], wanted: str) -> float:
-    """What an option's text says, if it is good; ``wanted`` is what its error asks for."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not is_good(value):
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is not {wanted}")
-    return value
 
 
 def add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -208,13 +131,11 @@ def run_demo(options: argparse.Namespace) -> int:
 
 
 def run_generate(options: argparse.Namespace) -> int:
-    import client
-
     prompt = _read_prompt() if options.prompt == "-" else options.prompt
     goes_on = options.session is not None and options.session.exists()
     if not prompt and not goes_on:
         raise console.UserError("the prompt is empty: give at least one character")
-    how, pins = sampling_options(options), read_pins(options.pin)
+    how, choices = sampling_options(options), ours.read_choices(options)
     for logger in ("client", "compute.peer_models"):
         console.tell_warnings(logger)
     if options.seed is not None and not how["do_sample"]:
@@ -223,20 +144,11 @@ def run_generate(options: argparse.Namespace) -> int:
         )
     if options.session is not None and not os.access(options.session.absolute().parent, os.W_OK):
         raise console.UserError(f"cannot save in {options.session.absolute().parent}: no folder that can be written to")
-    with client.connect(options.bootstrap, timeout_s=CONNECT_TIMEOUT_S, swarm_key=options.swarm_key) as swarm:
+    with ours.connect(options) as swarm:
         # Ask for the model's nodes before the slow import: what is missing should be said at once.
         swarm.models()
         with console.bars() as bars:
-            model = swarm.model(
-                options.model,
-                allow=options.allow,
-                block=options.block,
-                pins=pins,
-                mixed_numerics=options.mixed_numerics,
-                local_blocks=options.local_blocks,
-                module=options.module,
-                progress=bars.show_file,
-            )
+            model = swarm.model(options.model, module=options.module, progress=bars.show_file, **choices)
 
         import torch
 
@@ -326,9 +238,7 @@ def sampling_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_status(options: argparse.Namespace) -> int:
-    import client
-
-    with client.connect(options.bootstrap, timeout_s=CONNECT_TIMEOUT_S, swarm_key=options.swarm_key) as swarm:
+    with ours.connect(options) as swarm:
         models, peers = swarm.models(), swarm.peers()
     if options.json:
         console.print_json({"models": [_model_json(model, peers) for model in models]})

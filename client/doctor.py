@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from net.nat.reachability import Reachability
     from net.security.swarm_key import SwarmKey
 
-DEFAULT_LISTEN = ("/ip4/0.0.0.0/tcp/0", "/ip4/0.0.0.0/udp/0/quic-v1")
 # Of the 15 seconds in all, the first ten go to what is found out step by step, two to what peers say about themselves,
 # and two are kept for the router to take its ports back.
 BOOTSTRAP_S = 4.0
@@ -67,21 +66,19 @@ def add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "machine, through which NAT, relays, the clock. Ends with 0 if everything that is needed works. Takes at most "
         "15 seconds.",
     )
-    doctor.add_argument(
-        "--bootstrap", metavar="ADDR", action="append", default=[], help="a node of the swarm; may be repeated"
-    )
+    console.add_bootstrap(doctor, is_required=False)
     doctor.add_argument(
         "--listen",
         metavar="MULTIADDR",
         action="append",
-        help=f"where a node would accept connections; may be repeated (default: {' and '.join(DEFAULT_LISTEN)}, any "
+        help=f"where a node would accept connections; may be repeated (default: {' and '.join(console.ANY_PORT)}, any "
         "free port)",
     )
     console.add_port_mapping(doctor)
     console.add_swarm_key(doctor)
     console.add_json(doctor, "what was found")
     console.add_common(doctor)
-    doctor.set_defaults(run=run_doctor, default_listen=DEFAULT_LISTEN)
+    doctor.set_defaults(run=run_doctor, default_listen=console.ANY_PORT)
 
 
 def run_doctor(options: argparse.Namespace) -> int:

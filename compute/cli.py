@@ -34,7 +34,6 @@ MAX_THREADS = 256  # far more than help; torch falls over at some thousands
 MAX_PORT = 65_535
 MAX_KEPT_GB = 1_000_000
 FORMS = ("fp32", "fp16", "bf16", "int8", "nf4", "nf4-double", "llm-int8")  # compute.linear.BACKENDS, without torch
-DEFAULT_LISTEN = ("/ip4/0.0.0.0/tcp/0", "/ip4/0.0.0.0/udp/0/quic-v1")
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -124,7 +123,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "next one ends that)",
     )
     pinning.add_pins(serve)
-    console.add_node(serve, DEFAULT_LISTEN, ", any free port")
+    console.add_node(serve, console.ANY_PORT, ", any free port")
     console.add_json(serve, "what is served, once it is,")
     console.add_common(serve)
     serve.set_defaults(run=run_serve)

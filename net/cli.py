@@ -21,13 +21,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Run a bootstrap node. Its address is the first line of standard output; give it to the "
         "others as --bootstrap. It also relays: nodes behind NATs can be reached through it. Ctrl-C ends it.",
     )
-    relay.add_argument(
-        "--bootstrap",
-        metavar="ADDR",
-        action="append",
-        default=[],
-        help="another bootstrap node to join; may be repeated",
-    )
+    console.add_bootstrap(relay, "another bootstrap node to join", is_required=False)
     pinning.add_pins(relay)
     console.add_node(relay, DEFAULT_RELAY_LISTEN)
     relay.add_argument(

@@ -9,6 +9,7 @@ import argparse
 import io
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+ANY_PORT = ("/ip4/0.0.0.0/tcp/0", "/ip4/0.0.0.0/udp/0/quic-v1")  # where nodes accept connections by default
 
 
 class UserError(Exception):
@@ -48,9 +50,23 @@ def add_json(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--json", action="store_true", help=f"print {what} as one JSON object")
 
 
-def add_bootstrap(parser: argparse.ArgumentParser) -> None:
+def add_bootstrap(
+    parser: argparse.ArgumentParser, what: str = "a node of the swarm", *, is_required: bool = True
+) -> None:
+    """The option that ``bootstrap_addresses`` reads.
+
+    Args:
+        parser: of the command.
+        what: each of them is.
+        is_required: whether there must be one.
+    """
     parser.add_argument(
-        "--bootstrap", metavar="ADDR", action="append", required=True, help="a node of the swarm; may be repeated"
+        "--bootstrap",
+        metavar="ADDR",
+        action="append",
+        required=is_required,
+        default=None if is_required else [],
+        help=f"{what}; may be repeated",
     )
 
 
@@ -112,6 +128,30 @@ def whole(least: int, most: int) -> Callable[[str], int]:
         if text.isascii() and text.isdigit() and len(digits) <= len(str(most)) and least <= int(digits) <= most:
             return int(digits)
         raise argparse.ArgumentTypeError(f"{text!r:.60} is not a whole number from {least} to {most}")
+
+    return read
+
+
+def number(least: float, most: float, *, is_above: bool = False, is_below: bool = False) -> Callable[[str], float]:
+    """The same for any number.
+
+    Args:
+        least, most: the bounds.
+        is_above, is_below: whether it must be more than ``least``, less than ``most``.
+    """
+    if is_above or is_below:
+        wanted = f"a number {'above' if is_above else 'from'} {least:g}, {'below' if is_below else 'at most'} {most:g}"
+    else:
+        wanted = f"a number from {least:g} to {most:g}"
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if least <= value <= most and not (is_above and value == least) and not (is_below and value == most):
+            return value
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not {wanted}")
 
     return read
 

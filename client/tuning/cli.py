@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
-from client import commands as ours
+from client import options as ours
 from net import console
 
-CONNECT_TIMEOUT_S = 8.0
 METHODS = ("lora", "prompt", "deep-prompt", "head")
 MAX_STEPS = 10_000_000
 MAX_BATCH = 4096
-MAX_TOKENS = 2**20  # the longest session that there can be
 LARGEST = 1e6
+
+above_zero = console.number(0, LARGEST, is_above=True)
 
 
 def add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -56,14 +55,14 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument(
         "--held-out-share",
-        type=_share,
+        type=console.number(0, 1, is_below=True),
         metavar="P",
         help="evaluate with this share of the data, and do not train on it; 0 for none (default: 0.1)",
     )
     data.add_argument("--regression", action="store_true", help="labels are amounts to be foretold, not classes")
     data.add_argument(
         "--max-length",
-        type=console.whole(2, MAX_TOKENS),
+        type=console.whole(2, ours.MAX_TOKENS),
         default=256,
         metavar="N",
         help="tokens of an example. Texts are put one after another and cut into examples; for a head, each text is "
@@ -85,7 +84,7 @@ def _add_methods(parser: argparse.ArgumentParser) -> None:
         help="train this one further, instead of --method: NAME@HASH, or its folder (with a / in it: ./my-adapter)",
     )
     methods.add_argument("--rank", type=console.whole(1, 256), metavar="N", help="of LoRA (default: 8)")
-    methods.add_argument("--alpha", type=_above_zero, metavar="X", help="of LoRA (default: twice the rank)")
+    methods.add_argument("--alpha", type=above_zero, metavar="X", help="of LoRA (default: twice the rank)")
     methods.add_argument(
         "--targets",
         type=lambda text: tuple(text.split(",")),
@@ -111,7 +110,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument(
         "--learning-rate",
-        type=_above_zero,
+        type=above_zero,
         metavar="X",
         help="the highest; it falls to zero at the end (default: 0.002 for LoRA, 0.03 for prompts, 0.01 for a "
         "head; the least of those for several)",
@@ -122,17 +121,19 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="steps in which the learning rate rises (default: one in twenty, up to 100)",
     )
-    training.add_argument("--weight-decay", type=_zero_or_more, default=0.0, metavar="X", help="of AdamW (default: 0)")
+    training.add_argument(
+        "--weight-decay", type=console.number(0, LARGEST), default=0.0, metavar="X", help="of AdamW (default: 0)"
+    )
     training.add_argument(
         "--max-gradient-norm",
-        type=_above_zero,
+        type=above_zero,
         default=1.0,
         metavar="X",
         help="gradients that are longer are made this long (default: 1)",
     )
     training.add_argument(
         "--seed",
-        type=console.whole(0, 2**63 - 1),
+        type=ours.seed,
         default=0,
         metavar="N",
         help="of the order of examples, what is held out, and first parameters (default: 0)",
@@ -150,18 +151,6 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="steps; also at the end, and when it is interrupted (default: 100)",
     )
-
-
-def _above_zero(text: str) -> float:
-    return ours.number(text, lambda value: 0 < value <= LARGEST, f"a number above 0, at most {LARGEST:g}")
-
-
-def _zero_or_more(text: str) -> float:
-    return ours.number(text, lambda value: 0 <= value <= LARGEST, f"a number from 0 to {LARGEST:g}")
-
-
-def _share(text: str) -> float:
-    return ours.number(text, lambda value: 0 <= value < 1 and not math.isnan(value), "a number from 0, below 1")
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -193,10 +182,8 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def run_tune(options: argparse.Namespace) -> int:
-    import client
-
     _check(options)
-    pins = ours.read_pins(options.pin)
+    choices = ours.read_choices(options)
     console.tell_warnings("client")
     from client.tuning.training.command import Task, tune
     from client.tuning.training.folder import own_folder
@@ -223,19 +210,10 @@ def run_tune(options: argparse.Namespace) -> int:
         seed=options.seed,
         evaluate_every_steps=options.evaluate_every,
         save_every_steps=options.save_every,
-        choices={
-            "allow": options.allow,
-            "block": options.block,
-            "pins": pins,
-            "mixed_numerics": options.mixed_numerics,
-            "local_blocks": options.local_blocks,
-        },
+        choices=choices,
     )
     task.check_data()  # what can be said without the swarm is said at once
-    with (
-        own_folder(options.out),
-        client.connect(options.bootstrap, timeout_s=CONNECT_TIMEOUT_S, swarm_key=options.swarm_key) as swarm,
-    ):
+    with own_folder(options.out), ours.connect(options) as swarm:
         return tune(swarm, task, as_json=options.json)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -31,3 +32,26 @@ def test_warnings_are_notes_unless_the_log_is_shown(level: int, capsys: pytest.C
     below.warning("looking for %s", "somebody")
     expected = "\nraceme: note: looking for somebody\n" if level == logging.ERROR else ""
     assert capsys.readouterr() == ("", expected)
+
+
+def test_notes_may_be_of_less_than_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+    logging.getLogger().setLevel(logging.ERROR)
+    console.tell_warnings(PART, least=logging.INFO)
+    logging.getLogger(PART).info("it is here")
+    logging.getLogger(PART).debug("at last")
+    assert capsys.readouterr() == ("", "\nraceme: note: it is here\n")
+
+
+@pytest.mark.parametrize(
+    ("read", "good", "bad", "wanted"),
+    [
+        (console.number(0, 2), ["0", "2", "1e-3"], ["-1e-9", "2.1"], "a number from 0 to 2"),
+        (console.number(0, 2, is_above=True), ["2", "1e-9"], ["0", "3"], "a number above 0, at most 2"),
+        (console.number(0, 1, is_below=True), ["0", "0.999"], ["1", "-0.1"], "a number from 0, below 1"),
+    ],
+)
+def test_numbers_within_bounds(read: Callable[[str], float], good: list[str], bad: list[str], wanted: str) -> None:
+    assert [read(text) for text in good] == [float(text) for text in good]
+    for text in (*bad, "nan", "inf", "", "much"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{text!r} is not {wanted}"):
+            read(text)
