@@ -7,11 +7,12 @@ import enum
 import importlib.util
 import os
 import shutil
+import stat
 import statistics
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,8 @@ PEERS_S = 2.0
 GPU_S = 12.0  # torch takes seconds to be loaded
 MAX_ASKED = 8  # peers, whether they are relays
 LEAST_DISK_BYTES = 2 * 1000**3
+MAX_NAMED = 3  # of what is kept, the largest
+SHOWN_DIGITS = 12  # of the name of its folder
 CLOCK_S = 3600.0  # records of who is further off are not believed
 SYMBOLS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
 HOP_PROTOCOL = "/libp2p/circuit/relay/0.2.0/hop"
@@ -117,7 +120,9 @@ def _examine(
     import trio
 
     from net.errors import AddressError
+    from net.files.models import MODELS_FOLDER
     from net.identity import Identity
+    from net.modules.store import MODULES_FOLDER
 
     is_done = False
 
@@ -137,6 +142,8 @@ def _examine(
 
     for folder in (console.data_folder(), model_cache()):
         tell(check_folder(folder))
+    for kind in (MODELS_FOLDER, MODULES_FOLDER):
+        tell(check_kept(console.data_folder() / kind, kind))
     try:
         console.run_host(examine, Identity.generate(), listen=listen, swarm_key=swarm_key)
     except AddressError as error:
@@ -190,6 +197,53 @@ def check_folder(folder: Path) -> Finding:
     if free < LEAST_DISK_BYTES:
         return Finding(name=name, state=State.BAD, text=text, advice="make room: models take gigabytes")
     return Finding(name=name, state=State.OK, text=text)
+
+
+def check_kept(folder: Path, kind: str) -> Finding:
+    """How much there is of what peers have given, or what was published here, which nothing deletes.
+
+    Args:
+        folder: with one for each model or module.
+        kind: ``models`` or ``modules``.
+    """
+    name = f"{kind} kept"
+    sizes = {place: _total_bytes(place) for place in (folder.iterdir() if folder.is_dir() else ())}
+    if not sizes:
+        return Finding(name=name, state=State.OK, text=f"{folder} holds none")
+    largest = sorted(sizes, key=lambda place: (-sizes[place], place))[:MAX_NAMED]
+    named = ", ".join(f"{_name_kept(place)} of {_spell_bytes(sizes[place])}" for place in largest)
+    text = f"{folder} holds {_spell_bytes(sum(sizes.values()))}, the largest: {named}"
+    advice = (
+        "nothing deletes them: to make room, delete folders there that no running node or client uses; what others "
+        "still have comes again when it is needed"
+    )
+    return Finding(name=name, state=State.OK, text=text, advice=advice)
+
+
+def _name_kept(place: Path) -> str:
+    """The folder's name, short enough to be found by, and which model it holds, where it says so."""
+    from net.errors import RemoteProtocolError
+    from net.files.manifest import MAX_MANIFEST_BYTES, ModelManifest
+
+    try:
+        with (place / "manifest").open("rb") as file:
+            return f"{place.name[:SHOWN_DIGITS]} ({ModelManifest.from_bytes(file.read(MAX_MANIFEST_BYTES)).name})"
+    except (OSError, RemoteProtocolError):  # a module's is another one
+        return place.name[:SHOWN_DIGITS]
+
+
+def _total_bytes(place: Path) -> int:
+    """Of a file, or of all files in a folder."""
+    total = 0
+    for path in (place, *(Path(top) / name for top, _, names in os.walk(place) for name in names)):
+        with suppress(OSError):  # gone meanwhile
+            status = path.lstat()
+            total += status.st_size * stat.S_ISREG(status.st_mode)
+    return total
+
+
+def _spell_bytes(count: int) -> str:
+    return f"{count / 1000**3:.1f} GB" if count >= 1000**3 // 10 else f"{count / 1000**2:.1f} MB"
 
 
 ASK_TORCH = """

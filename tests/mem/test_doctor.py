@@ -17,6 +17,8 @@ from client import doctor
 from client.doctor import Finding, State
 from net.addresses import PeerAddress, tcp
 from net.dht.service import Dht
+from net.files.manifest import ModelManifest
+from net.files.pieces import Hashes
 from net.host import open_host
 from net.mux.base import Stream
 from net.nat.mapping import PortMapper
@@ -132,6 +134,25 @@ def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=10**9))
     finding = doctor.check_folder(tmp_path)
     assert (finding.state, finding.advice) == (State.BAD, "make room: models take gigabytes")
+
+
+def test_what_is_kept_is_told_by_its_size(tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    finding = doctor.check_kept(folder, "models")
+    assert (finding.name, finding.state, finding.advice) == ("models kept", State.OK, "")
+    assert finding.text == f"{folder} holds none"
+    manifest = ModelManifest(name="some-bloom", digest="ab" * 32, files={"config.json": Hashes.of_bytes(b"{}").file})
+    for number, size in enumerate((2_000_000, 3_000_000, 1_000, 10_000)):
+        place = folder / f"{number:064d}"[::-1]
+        (place / "deep").mkdir(parents=True)
+        (place / "deep" / "weights").write_bytes(bytes(size))
+        (place / "link").symlink_to(place / "deep" / "weights")
+    (folder / ("1" + "0" * 63) / "manifest").write_bytes(manifest.to_bytes())
+    finding = doctor.check_kept(folder, "models")
+    named = "100000000000 (some-bloom) of 3.0 MB, 000000000000 of 2.0 MB, 300000000000 of 0.0 MB"
+    assert finding.text == f"{folder} holds 5.0 MB, the largest: {named}"
+    assert finding.state is State.OK
+    assert "delete folders there that no running node or client uses" in finding.advice
 
 
 @pytest.mark.parametrize(

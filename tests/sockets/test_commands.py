@@ -183,6 +183,7 @@ def test_doctor_in_a_swarm_on_this_machine(relay: str, tmp_path: Path) -> None:
     checks = {check["name"]: check for check in outcome.json["checks"]}
     assert checks["ports"]["state"] == checks["bootstrap"]["state"] == "ok"
     assert checks["from outside"]["text"].startswith("unknown: ")
+    assert {checks["models kept"]["state"], checks["modules kept"]["state"]} == {"ok"}
     assert outcome.status == (0 if outcome.json["ok"] else 1)
     nobody = relay.replace(relay[-8:], "22222222")
     outcome = run(tmp_path, *common, "--bootstrap", nobody)
