@@ -26,8 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             shadowing.check()
         except ImportError as error:
             sys.exit(f"raceme: error: {error}")
+        from compute import spinning
         from net import console
 
+        spinning.spin_briefly()
         parser = build_parser()
         options = parser.parse_args(arguments)
         if options.run is None:
