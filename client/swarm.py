@@ -135,7 +135,7 @@ class AsyncSwarm:
         """
         self.host = host
         self._home = console.data_folder() if home is None else home
-        self.module_finder = ModuleFinder(host, dht)
+        self.module_finder = ModuleFinder(host, dht, on_failure=self._blame)
         self.module_store = ModuleStore(self._home / MODULES_FOLDER)
         self.reputation = Reputation(None, trio.current_time) if reputation is None else reputation
         self._nursery = nursery
@@ -322,18 +322,19 @@ class AsyncSwarm:
         async def find_nodes() -> list[NodeAnnouncement]:
             return [node for node in await self.nodes(fresh=False) if permits(node)]
 
-        def blame(failure: errors.PeerFailed) -> None:
-            if isinstance(failure, errors.PeerLied) and isinstance(failure.peer_id, PeerId):
-                self.reputation.failed(failure.peer_id, failure.reason)
-
         return PeerModels(
             self.host,
             find_nodes,
             self._home / MODELS_FOLDER,
             RememberedHashes(self._home / HASHES_FOLDER),
             progress=progress,
-            on_failure=blame,
+            on_failure=self._blame,
         )
+
+    def _blame(self, failure: errors.PeerFailed) -> None:
+        """For a file or a module that it lied about; whoever is away, or has it no more, is not blamed for that."""
+        if isinstance(failure, errors.PeerLied) and isinstance(failure.peer_id, PeerId):
+            self.reputation.failed(failure.peer_id, failure.reason)
 
     async def model(
         self,

@@ -29,6 +29,7 @@ from net.files.server import FileServer
 logger = logging.getLogger(__name__)
 
 KEEP_AGAIN_S: Final = 300.0
+MAX_TRIED: Final = 8  # offers of one name: anybody can make some, and each takes a fetch or two
 _SPARE_BYTES: Final = 16 << 20  # of a file of weights, beside them
 _WIDEST_BYTES: Final = 4  # of a weight
 
@@ -64,7 +65,7 @@ def find_at_peers(models: PeerModels, name: str, pin: str | None, call: Call) ->
     if pin is not None and len({_pinned(offer, pin) for offer in offers}) > 1:
         raise CheckpointError(f"{name}@{pin}: several are offered that begin so; give more digits of the one you mean")
     problems: list[str] = []
-    for offer in offers:
+    for offer in offers[:MAX_TRIED]:  # those first that most nodes make
         try:
             checkpoint = _open(offer, models, call)
         except StorageError as exc:
@@ -82,7 +83,7 @@ def find_at_peers(models: PeerModels, name: str, pin: str | None, call: Call) ->
                 offer.short,
             )
         return checkpoint
-    raise CheckpointError(f"{name}: the files that nodes offer are of no use ({problems[0]}); ask who runs them")
+    raise CheckpointError(_spell_useless(name, offers, problems))
 
 
 async def find_at_peers_from_trio(models: PeerModels, name: str, pin: str | None) -> PeerCheckpoint:
@@ -133,6 +134,16 @@ def _spell_majority(offer: Offer, offers: list[Offer]) -> str:
     return f"{len(offer.nodes)} of {sum(len(each.nodes) for each in offers)} nodes offer"
 
 
+def _spell_useless(name: str, offers: list[Offer], problems: list[str]) -> str:
+    if len(problems) == len(offers):
+        return f"{name}: the files that nodes offer are of no use ({problems[0]}); ask who runs them"
+    left = ", ".join(f"{name}@{offer.short}" for offer in offers[len(problems) :][:3])
+    return (
+        f"{name}: nodes offer {len(offers)} different sets of files under this name, and the {len(problems)} that most "
+        f"of them offer are of no use ({problems[0]}); say which one you mean, such as {left}"
+    )
+
+
 def _spell_lack(name: str, pin: str | None, others: list[Offer]) -> str:
     if not others:
         return f"no node of the swarm gives the files of a model {name!r:.100}"
@@ -168,7 +179,7 @@ async def share(checkpoint: Checkpoint, server: FileServer, remembered: Remember
 
     Of a checkpoint from peers, files are served as they come.
 
-    Cancellation: nothing is served.
+    Cancellation: some of the files may be served, but nobody is told of them.
     """
     if isinstance(checkpoint, PeerCheckpoint):
         return checkpoint.manifest
@@ -180,7 +191,7 @@ async def share(checkpoint: Checkpoint, server: FileServer, remembered: Remember
         manifest, hashes = found
         data = manifest.to_bytes()
         for path, each in hashes.items():
-            server.add_known(each, path)
+            await server.add_known(each, path)
     except (CheckpointError, NetError, OSError, ValueError) as error:
         logger.warning("the files of %s are not given to peers: %s", checkpoint.name, error)
         return None

@@ -185,15 +185,20 @@ def _set_up_output(*, verbose: bool) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def tell_warnings(logger: str) -> None:
-    """Show this logger's warnings to the user, as notes on standard error. With ``--verbose`` the log has them."""
+def tell_warnings(logger: str, *, least: int = logging.WARNING) -> None:
+    """Show this logger's warnings to the user, as notes on standard error. With ``--verbose`` the log has them.
+
+    Args:
+        logger: its name.
+        least: the level from which on it is shown, where less than warnings is of interest, too.
+    """
     own = logging.getLogger(logger)
     if logging.getLogger().isEnabledFor(logging.WARNING) or sys.stderr is None:
         return
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("\nraceme: note: %(message)s"))  # text may be in the middle of a line
-    handler.setLevel(logging.WARNING)
-    own.setLevel(logging.WARNING)
+    handler.setLevel(least)
+    own.setLevel(least)
     own.addHandler(handler)
     own.propagate = False
 

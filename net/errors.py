@@ -65,6 +65,10 @@ class ModuleError(NetError):
     """A published module that cannot be had, or must not be used; the text says why."""
 
 
+class ModuleDamaged(ModuleError):
+    """What lies here of a module is not what its author signed: it was damaged, or changed."""
+
+
 class DialError(NetError):
     """No connection could be made."""
 

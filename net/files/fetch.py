@@ -138,7 +138,7 @@ async def fetch(
     try:
         hashes = await trio.to_thread.run_sync(part.find_whole, file.size)
         if hashes is not None and hashes.file == file:
-            part.discard()
+            await trio.to_thread.run_sync(part.discard)
             _tell(progress, file.size, file.size)
             return hashes
         getting = _Getting(host, file, name, part, progress, on_failure, settings or FetchSettings())
@@ -146,11 +146,11 @@ async def fetch(
             hashes = await getting.run(holders)
         finally:
             if getting.surveyed and not getting.done_bytes:
-                part.discard()
+                await _tidy_up(part.discard)
         await trio.to_thread.run_sync(part.finish, file.size)
         return hashes
     finally:
-        part.close()
+        await _tidy_up(part.close)
 
 
 async def fetch_bytes(
@@ -171,6 +171,12 @@ async def fetch_bytes(
     memory = _Memory(file.size)
     await _Getting(host, file, name, memory, None, on_failure, settings or FetchSettings()).run(holders)
     return memory.join()
+
+
+async def _tidy_up(work: Callable[[], None]) -> None:
+    """In a thread, and to its end: whoever is cancelled leaves nothing open, either."""
+    with trio.CancelScope(shield=True):
+        await trio.to_thread.run_sync(work)
 
 
 def _check_size(file: FileId, max_bytes: int, name: str) -> None:

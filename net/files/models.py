@@ -174,11 +174,11 @@ class PeerModels:
             if (manifest.name, manifest.digest) != (offer.model, offer.digest):
                 raise errors.RemoteProtocolError(f"the files offered as {offer.model} are another model's")
         except errors.RemoteProtocolError:
-            target.unlink(missing_ok=True)
+            await trio.to_thread.run_sync(partial(target.unlink, missing_ok=True))
             raise
         self._manifests[offer.manifest] = manifest
         if self._server is not None:
-            self._server.add_known(hashes, target)
+            await self._server.add_known(hashes, target)
         return manifest
 
     async def file(self, manifest_id: FileId, manifest: ModelManifest, name: str) -> Path:
@@ -195,7 +195,7 @@ class PeerModels:
             hashes = await self._fetch(manifest_id, file, target)
             await trio.to_thread.run_sync(self.remembered.remember, target, hashes)
         if self._server is not None:
-            self._server.add_known(hashes, target)
+            await self._server.add_known(hashes, target)
         return target
 
     async def serve_found(self, manifest_id: FileId) -> None:
@@ -206,7 +206,7 @@ class PeerModels:
         for name, file in self._manifests[manifest_id].files.items():
             hashes = await trio.to_thread.run_sync(self._find, folder / name, file, abandon_on_cancel=True)
             if hashes is not None:
-                self._server.add_known(hashes, folder / name)
+                await self._server.add_known(hashes, folder / name)
 
     def _find(self, target: Path, file: FileId) -> Hashes | None:
         """The hashes of what lies there, if it is that file."""

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S: Final = 1.0
 
+OnGone = Callable[[FileId], None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class FileServerSettings:
@@ -68,6 +70,7 @@ class _Entry:
     path: Path | None
     state: tuple[int, int]  # size in bytes, time of its last change in ns
     data: bytes = b""
+    on_gone: OnGone | None = None
 
     def read(self, index: int) -> bytes:
         """A piece.
@@ -121,23 +124,28 @@ class FileServer:
             StorageError: it cannot be read, or is no regular file.
         """
         try:
-            return self.add_known(await trio.to_thread.run_sync(hash_file, path, limiter=self._reads), path)
+            return await self.add_known(await trio.to_thread.run_sync(hash_file, path, limiter=self._reads), path)
         except (OSError, ValueError) as error:
             raise errors.StorageError(f"{path}: cannot be read ({error})") from error
 
-    def add_known(self, hashes: Hashes, path: Path) -> FileId:
+    async def add_known(self, hashes: Hashes, path: Path, on_gone: OnGone | None = None) -> FileId:
         """Serve a file whose hashes are known. If they are not those of what lies there, it will not be sent.
+
+        Args:
+            hashes: its.
+            path: where it lies.
+            on_gone: told once, when it turns out to be another one now, or damaged, and is served no more.
 
         Raises:
             StorageError: there is no regular file of that size.
         """
         try:
-            status = path.stat()
+            status = await trio.to_thread.run_sync(path.stat)
         except OSError as error:
             raise errors.StorageError(f"{path}: cannot be read ({error.strerror})") from error
         if not stat.S_ISREG(status.st_mode) or status.st_size != hashes.file.size:
             raise errors.StorageError(f"{path}: no regular file of {hashes.file.size} bytes")
-        self._entries[hashes.file.root] = _Entry(hashes=hashes, path=path, state=_state(status))
+        self._entries[hashes.file.root] = _Entry(hashes=hashes, path=path, state=_state(status), on_gone=on_gone)
         return hashes.file
 
     def add_bytes(self, data: bytes) -> FileId:
@@ -211,8 +219,11 @@ class FileServer:
         try:
             data = await trio.to_thread.run_sync(read, limiter=self._reads)
         except (_Gone, FileNotFoundError) as error:
-            logger.warning("%s is not served to peers any more: %s", entry.path, error)
-            self.remove(file.root)
+            if self._entries.get(file.root) is entry:  # not if it has been told, or the file was put back
+                logger.warning("%s is not served to peers any more: %s", entry.path, error)
+                self.remove(file.root)
+                if entry.on_gone is not None:
+                    entry.on_gone(file)
             raise _no_file() from error
         except OSError as error:  # too many files are open, for one
             logger.warning("%s cannot be read now: %s", entry.path, error)

@@ -7,7 +7,8 @@ import random
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,7 +25,7 @@ from net.modules import announcement, wire
 from net.modules import manifest as manifests
 from net.modules.announcement import Holder
 from net.modules.manifest import HASH_DIGITS, Manifest, Reference
-from net.modules.store import ModuleStore, StoredModule, check_files
+from net.modules.store import ModuleStore, StoredModule
 from net.rpc.lane import Lane
 
 __all__ = ["Check", "FoundModule", "ModuleFinder", "Progress"]
@@ -56,10 +57,17 @@ class FoundModule:
 class ModuleFinder:
     """Asks; holds nothing."""
 
-    def __init__(self, host: Host, dht: Dht) -> None:
-        """Take what is running."""
+    def __init__(self, host: Host, dht: Dht, *, on_failure: Callable[[errors.PeerFailed], None] | None = None) -> None:
+        """Take what is running.
+
+        Args:
+            host: asks.
+            dht: knows whom.
+            on_failure: told of holders that failed, whether or not others gave what was wanted.
+        """
         self._host = host
         self._dht = dht
+        self._on_failure = on_failure
 
     async def by_hash(self, module_hash: str) -> FoundModule | None:
         """The module of this hash (64 hex digits), if anybody has it."""
@@ -113,7 +121,7 @@ class ModuleFinder:
         check: Check | None = None,
         progress: Progress | None = None,
     ) -> StoredModule:
-        """Have the module in ``store``, fetched from its holders unless it is there.
+        """Have the module in ``store``, fetched from its holders unless it is there, whole.
 
         Args:
             found: which one, and who has it.
@@ -127,13 +135,18 @@ class ModuleFinder:
         Cancellation: nothing is kept.
         """
         manifest = found.manifest
-        if (known := await trio.to_thread.run_sync(store.get, manifest.hash)) is not None:
-            await trio.to_thread.run_sync(_check_kept, known, check)
+        try:
+            known = await trio.to_thread.run_sync(store.take_up, manifest.hash)
+        except OSError as error:
+            raise ModuleError(f"{store.folder / manifest.hash}: {error.strerror or error}") from error
+        if known is not None:
+            if check is not None:
+                await trio.to_thread.run_sync(check, known.folder)
             return known
         store.check_size(manifest)
         try:
-            with store.staging() as staged:
-                _check_room(manifest, staged)
+            async with _staging(store) as staged:
+                await trio.to_thread.run_sync(_check_room, manifest, staged)
                 done = 0
                 for file in manifest.files:
 
@@ -141,8 +154,8 @@ class ModuleFinder:
                         if progress is not None:
                             progress(before + here, manifest.total_bytes)
 
-                    target = staged / file.name
-                    await fetch(self._host, FileId(file.root, file.size), found.holders, target, progress=tell)
+                    target, file_id = staged / file.name, FileId(file.root, file.size)
+                    await fetch(self._host, file_id, found.holders, target, progress=tell, on_failure=self._on_failure)
                     done += file.size
                 if check is not None:
                     await trio.to_thread.run_sync(check, staged)
@@ -209,17 +222,27 @@ class ModuleFinder:
                     await self._ask_all(holder, hashes, known)
                 except errors.NetError as error:
                     logger.debug("%s has no manifests for us: %s", holder.peer_id, error)
+                    if self._on_failure is not None and isinstance(error, errors.PeerFailed):
+                        self._on_failure(error)
             if scope.cancelled_caught:
                 logger.debug("%s gave no manifests in %g s", holder.peer_id, ASK_S)
 
     async def _ask_all(self, holder: Holder, hashes: Sequence[str], known: dict[str, Manifest]) -> None:
+        """Raises:
+        PeerLied: it sends what cannot be these manifests.
+        NetError: it cannot be asked.
+        """
         stream = await self._host.open_stream(holder.peer_id, [wire.PROTOCOL_ID], holder.addresses)
         async with Lane(stream, holder.peer_id) as where:
             for start in range(0, len(hashes), wire.MAX_ASKED):
                 wanted = hashes[start : start + wire.MAX_ASKED]
-                for module_hash, envelope in zip(wanted, await wire.ask(where, wanted, timeout_s=ASK_S), strict=True):
-                    if envelope:
-                        known[module_hash] = manifests.verify(envelope, expected_hash=module_hash)
+                try:
+                    given = await wire.ask(where, wanted, timeout_s=ASK_S)
+                    for module_hash, envelope in zip(wanted, given, strict=True):
+                        if envelope:
+                            known[module_hash] = manifests.verify(envelope, expected_hash=module_hash)
+                except (errors.RemoteProtocolError, ModuleError) as error:
+                    raise errors.PeerLied(holder.peer_id, f"sent {error}") from error
 
 
 def ambiguous(reference: Reference, candidates: Iterable[Manifest]) -> str:
@@ -231,19 +254,15 @@ def ambiguous(reference: Reference, candidates: Iterable[Manifest]) -> str:
     return f"{reference} may be any of {len(lines)} modules; say which, with its hash: {', '.join(lines[:8])}"
 
 
-def _check_kept(module: StoredModule, check: Check | None) -> None:
-    """That a module of the store is what its manifest says, and what its user wants.
-
-    Raises:
-        ModuleError: its files were changed.
-        Exception: whatever ``check`` raises.
-    """
+@asynccontextmanager
+async def _staging(store: ModuleStore) -> AsyncIterator[Path]:
+    """``ModuleStore.staging``, whose work is done in threads, and to its end."""
+    staged = await trio.to_thread.run_sync(store.begin)
     try:
-        check_files(module.manifest, module.folder)
-    except OSError as error:
-        raise ModuleError(f"{module.folder}: {error.strerror or error}") from error
-    if check is not None:
-        check(module.folder)
+        yield staged
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(store.end, staged)
 
 
 def _check_room(manifest: Manifest, where: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from typing import TYPE_CHECKING, Final
 
 from net import console
@@ -51,11 +52,12 @@ def _pinned(text: str) -> Reference:
 
 
 def start_pins(options: argparse.Namespace, host: Host, dht: Dht, files: FileServer, nursery: trio.Nursery) -> None:
-    """Hold what is pinned, as soon as it can be had; what cannot be had is a note on standard error."""
+    """Hold what is pinned, as soon as it can be had; notes on standard error say that it is, or is not yet."""
     from net.modules.service import ModuleService, ModuleSettings
     from net.modules.store import MODULES_FOLDER, ModuleStore
 
-    console.tell_warnings("net.modules.service")
+    console.tell_warnings("net.modules.service", least=logging.INFO)
+    console.tell_warnings("net.modules.store")
     store = ModuleStore(console.data_folder() / MODULES_FOLDER, max_bytes=options.max_module_mb << 20)
     pinned = dict.fromkeys(options.pin)
     service = ModuleService(host, dht, store, files, ModuleSettings(max_held=max(len(pinned), ModuleSettings.max_held)))

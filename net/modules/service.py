@@ -11,7 +11,8 @@ import trio
 
 from net import errors
 from net.dht.service import Dht
-from net.errors import ModuleError
+from net.errors import ModuleDamaged, ModuleError
+from net.files.pieces import FileId
 from net.files.server import FileServer
 from net.host import Host
 from net.modules import announcement, wire
@@ -60,6 +61,7 @@ class ModuleService:
         self._files = files
         self._settings = settings or ModuleSettings()
         self._held: dict[str, Manifest] = {}
+        self._losses: dict[str, trio.Event] = {}  # for each that is held: it is not any more
         self.finder = ModuleFinder(host, dht)
         host.handle(wire.PROTOCOL_ID, self._serve)
 
@@ -69,10 +71,12 @@ class ModuleService:
         return list(self._held.values())
 
     async def serve(self, module: StoredModule) -> None:
-        """Serve a module of the store, and announce it, as long as the host and the DHT run.
+        """Serve a module of the store, and announce it, as long as the host and the DHT run; unless one of its files
+        turns out to be damaged when it is read.
 
         Raises:
-            ModuleError, StorageError: its files were changed, or too many modules are held.
+            ModuleDamaged: its files were changed.
+            ModuleError, StorageError: they cannot be read, or too many modules are held.
         """
         manifest = module.manifest
         if manifest.hash not in self._held and len(self._held) >= self._settings.max_held:
@@ -81,29 +85,50 @@ class ModuleService:
             hashes = await trio.to_thread.run_sync(check_files, manifest, module.folder)
         except OSError as error:
             raise ModuleError(f"{module.folder}: {error.strerror or error}") from error
-        for file, known in zip(manifest.files, hashes, strict=True):
-            self._files.add_known(known, module.folder / file.name)
-        self._held[manifest.hash] = manifest
+        self._held[manifest.hash] = manifest  # by now: a file may turn out to be damaged before all are served
+        self._losses.setdefault(manifest.hash, trio.Event())
+        try:
+            for file, known in zip(manifest.files, hashes, strict=True):
+                await self._files.add_known(known, module.folder / file.name, self._lose)
+        except errors.StorageError:
+            self._forget(manifest)
+            raise
         async with trio.open_nursery() as nursery:
             for key in announcement.keys_of(manifest):
                 nursery.start_soon(self._announce, key)
 
     async def hold(self, reference: Reference) -> StoredModule:
-        """Have the module here, fetched from others if need be, and serve it.
+        """Have the module here, fetched from others if need be, also in place of a damaged one, and serve it.
 
         Raises:
             ModuleError: it cannot be had, or must not be used.
         """
         here = await trio.to_thread.run_sync(self._store.matching, reference)
         if len(here) == 1 and reference.hash_prefix:
-            module = here[0]
-        else:
-            module = await self.finder.fetch(await self.finder.resolve(reference), self._store)
+            try:
+                await self.serve(here[0])
+            except ModuleDamaged as error:
+                await self._set_aside(here[0], error)
+            else:
+                return here[0]
+        module = await self.finder.fetch(await self.finder.resolve(reference), self._store)
         await self.serve(module)
         return module
 
+    async def _set_aside(self, damaged: StoredModule, why: ModuleDamaged) -> None:
+        """Raises:
+        ModuleError: it cannot be moved.
+        """
+        try:
+            moved = await trio.to_thread.run_sync(self._store.set_aside, damaged.manifest.hash)
+        except OSError as error:
+            raise ModuleError(f"{damaged.folder}: {why}; delete it ({error.strerror or error})") from error
+        logger.warning("%s is not held as it was here, and lies in %s now: %s", damaged.manifest, moved, why)
+
     async def pin(self, reference: Reference) -> None:
-        """The same, tried until it succeeds: whoever has the module may be away for now."""
+        """The same, tried until it succeeds, for whoever has the module may be away for now; and again whenever what is
+        held turns out to be damaged.
+        """
         wait_s = self._settings.retry_s
         while True:
             try:
@@ -111,10 +136,24 @@ class ModuleService:
             except errors.NetError as error:
                 logger.warning("%s is not held yet, and tried again in %.0f s: %s", reference, wait_s, error)
             else:
-                logger.info("%s is held", module.manifest)
-                return
+                logger.info("%s is held: %s", module.manifest, _spell(module.manifest))
+                if (loss := self._losses.get(module.manifest.hash)) is not None:
+                    await loss.wait()
+                wait_s = self._settings.retry_s
             await trio.sleep(wait_s)
             wait_s = min(2 * wait_s, self._settings.max_retry_s)
+
+    def _lose(self, file: FileId) -> None:
+        """A file is served no more: nor are the modules that it belongs to, whose next announcements leave them out."""
+        for manifest in self.held:
+            if any((each.root, each.size) == (file.root, file.size) for each in manifest.files):
+                logger.warning("%s is not held any more: a file of it was damaged, or changed", manifest)
+                self._forget(manifest)
+
+    def _forget(self, manifest: Manifest) -> None:
+        self._held.pop(manifest.hash, None)
+        if (loss := self._losses.pop(manifest.hash, None)) is not None:
+            loss.set()
 
     async def _announce(self, key: bytes) -> None:
         """Once it has been said it is said again every half a minute, so a failure is no end."""
@@ -130,3 +169,9 @@ class ModuleService:
 
     async def _serve(self, connection: Connection, stream: Stream) -> None:
         await wire.serve(connection, stream, self._held.get)
+
+
+def _spell(manifest: Manifest) -> str:
+    """What it is."""
+    n = len(manifest.files)
+    return f"{manifest.method} for {manifest.model}, {n} files of {manifest.total_bytes} bytes, by {manifest.author}"

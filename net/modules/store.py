@@ -1,10 +1,11 @@
-"""Modules on disk, by hash. Every one that is here is whole, and what its manifest says.
+"""Modules on disk, by hash. Every one that is put here is whole, and what its manifest says.
 
     FOLDER/HASH/manifest    the signed envelope
     FOLDER/HASH/files/      what the manifest names, and nothing else: a Hugging Face style folder
 
 A module is put together in a folder beside the others, checked there, and takes its place by one renaming: whatever
-ends a program meanwhile, there is either the whole module or none. What was never finished is cleared away later.
+ends a program meanwhile, there is either the whole module or none. What was never finished is cleared away later. What
+has been damaged since is found out by reading it (``take_up``), and moved to ``HASH.damaged-...``: nothing is deleted.
 Several processes may use one store.
 """
 
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from net.errors import ModuleError
+from net.errors import ModuleDamaged, ModuleError
 from net.files.pieces import Hashes, hash_file
 from net.modules import manifest as manifests
 from net.modules.manifest import Manifest, ModuleFile, Reference
@@ -67,26 +68,51 @@ class ModuleStore:
     def get(self, module_hash: str) -> StoredModule | None:
         """The module of this hash (64 digits), if it is here.
 
-        What somebody has changed on disk meanwhile, as far as its manifest or the sizes of its files show it, is not.
+        What somebody has changed on disk meanwhile, as far as its manifest or the sizes of its files show it, is not;
+        nor is what cannot be read. Before its files are used, they are to be read: see ``take_up``.
         """
         place = self.folder / module_hash
-        if not manifests.HASH.fullmatch(module_hash) or not place.is_dir():
+        if not manifests.HASH.fullmatch(module_hash):
             return None
         try:
+            if not place.is_dir():
+                return None
             with (place / _MANIFEST).open("rb") as file:
                 data = file.read(manifests.MAX_ENVELOPE_BYTES + 1)
             manifest = manifests.verify(data, expected_hash=module_hash)
             _check_sizes(manifest, place / _FILES)
         except (OSError, ModuleError) as error:
-            logger.warning("%s is not used, for it was changed: %s; delete it", place, error)
+            logger.warning("%s is not used: %s; mend or delete it", place, error)
             return None
         return StoredModule(manifest=manifest, folder=place / _FILES)
 
+    def take_up(self, module_hash: str) -> StoredModule | None:
+        """The module of this hash, all of whose files were read and are what its author signed.
+
+        One that was damaged is moved aside, and is here no more: it can come again.
+
+        Raises:
+            OSError: a file cannot be read, or the damaged module cannot be moved.
+        """
+        module = self.get(module_hash)
+        if module is None:
+            return None
+        try:
+            check_files(module.manifest, module.folder)
+        except ModuleDamaged as error:
+            moved = self.set_aside(module_hash)
+            logger.warning("%s is not used, and lies in %s now: %s", module.manifest, moved, error)
+            return None
+        return module
+
     def all(self) -> list[StoredModule]:
-        """Every module that is here, the oldest first."""
+        """Every module that is here and can be read, the oldest first."""
         try:
             names = sorted(entry.name for entry in os.scandir(self.folder) if manifests.HASH.fullmatch(entry.name))
         except FileNotFoundError:
+            return []
+        except OSError as error:
+            logger.warning("%s: no module here is used: %s", self.folder, error.strerror or error)
             return []
         found = [self.get(name) for name in names[:MAX_MODULES]]
         return sorted(
@@ -100,29 +126,40 @@ class ModuleStore:
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        """An empty folder for a module's files, which is gone after the block, whatever happens; see ``keep``.
+        """``begin``, and after the block ``end``, whatever happens.
+
+        Raises: as ``begin``.
+        """
+        staged = self.begin()
+        try:
+            yield staged
+        finally:
+            self.end(staged)
+
+    def begin(self) -> Path:
+        """An empty folder for a module's files: for ``keep``, and ``end``.
 
         Raises:
             OSError: it cannot be made.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._clear_abandoned()
-        place = Path(tempfile.mkdtemp(prefix=_PART_PREFIX, dir=self.folder))
-        try:
-            files = place / _FILES
-            files.mkdir()
-            yield files
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
+        files = Path(tempfile.mkdtemp(prefix=_PART_PREFIX, dir=self.folder)) / _FILES
+        files.mkdir()
+        return files
+
+    def end(self, staged: Path) -> None:
+        """Delete a folder of ``begin``, unless it was kept."""
+        shutil.rmtree(staged.parent, ignore_errors=True)
 
     def keep(self, manifest: Manifest, staged: Path) -> StoredModule:
-        """Take over what lies in ``staged``, a folder of ``staging``. A module that is here already stays as it is.
+        """Take over what lies in ``staged``, a folder of ``begin``. A module that is here, and whole, stays as it is.
 
         Raises:
             ModuleError: the files are not what the manifest says, or larger than is kept here.
             OSError: the disk is full, or refuses.
         """
-        if (known := self.get(manifest.hash)) is not None:
+        if (known := self.take_up(manifest.hash)) is not None:
             return known
         self.check_size(manifest)
         check_files(manifest, staged)
@@ -137,24 +174,26 @@ class ModuleStore:
             try:
                 staged.parent.rename(place)
             except OSError:
-                if (known := self.get(manifest.hash)) is not None:
-                    return known  # another process was faster
                 if not place.exists():
                     raise
-                _set_aside(place)
+                if (known := self.take_up(manifest.hash)) is not None:
+                    return known  # another process was faster
+                if place.exists():
+                    self.set_aside(manifest.hash)
             else:
                 return StoredModule(manifest=manifest, folder=place / _FILES)
         raise ModuleError(f"{place} is in the way: move it aside")
 
     def set_aside(self, module_hash: str) -> Path:
-        """Move away a module whose files were damaged, so that it can come again; gives where it is now.
+        """Move away what has the name of a module and is none, or is damaged; gives where it is now.
 
         Raises:
             OSError: it cannot be moved.
         """
         place = self.folder / module_hash
         target = Path(tempfile.mkdtemp(prefix=f"{module_hash}.damaged-", dir=self.folder))
-        return place.rename(target)  # takes the empty folder's place
+        target.rmdir()  # no file could take its place
+        return place.rename(target)
 
     def copy_in(self, manifest: Manifest, files: Mapping[str, Path]) -> StoredModule:
         """Keep copies of files under the manifest's names.
@@ -218,7 +257,7 @@ def check_files(manifest: Manifest, folder: Path) -> list[Hashes]:
     """Read all files in ``folder``, and give their hashes, in the manifest's order.
 
     Raises:
-        ModuleError: they are not those of the manifest, to the byte.
+        ModuleDamaged: they are not those of the manifest, to the byte.
         OSError: one cannot be read.
     """
     _check_sizes(manifest, folder)
@@ -226,7 +265,7 @@ def check_files(manifest: Manifest, folder: Path) -> list[Hashes]:
     for file in manifest.files:
         hashes = hash_file(folder / file.name)
         if hashes.file.root != file.root:
-            raise ModuleError(
+            raise ModuleDamaged(
                 f"{file.name} is not what the manifest of {manifest.name} says: it was damaged, or changed"
             )
         found.append(hashes)
@@ -235,7 +274,7 @@ def check_files(manifest: Manifest, folder: Path) -> list[Hashes]:
 
 def _check_sizes(manifest: Manifest, folder: Path) -> None:
     """Raises:
-    ModuleError: other files than the manifest names, or of other sizes.
+    ModuleDamaged: other files than the manifest names, or of other sizes.
     """
     there = {
         entry.name: entry.stat(follow_symlinks=False).st_size
@@ -245,19 +284,13 @@ def _check_sizes(manifest: Manifest, folder: Path) -> None:
     named = {file.name: file.size for file in manifest.files}
     for name in sorted(named.keys() | there.keys()):
         if name not in there:
-            raise ModuleError(f"{name} of {manifest.name} is missing")
+            raise ModuleDamaged(f"{name} of {manifest.name} is missing")
         if name not in named:
-            raise ModuleError(f"{name} is not named in the manifest of {manifest.name}")
+            raise ModuleDamaged(f"{name} is not named in the manifest of {manifest.name}")
         if there[name] != named[name]:
-            raise ModuleError(f"{name} has {there[name]} bytes, but the manifest of {manifest.name} says {named[name]}")
-
-
-def _set_aside(place: Path) -> None:
-    """Move away what is no module of ours but has the name of one; it may be somebody's."""
-    try:
-        place.rename(place.with_name(place.name + ".damaged"))
-    except OSError as error:
-        logger.warning("%s cannot be moved away: %s", place, error)
+            raise ModuleDamaged(
+                f"{name} has {there[name]} bytes, but the manifest of {manifest.name} says {named[name]}"
+            )
 
 
 def _sync(path: Path) -> None:

@@ -537,7 +537,7 @@ async def test_files_that_cannot_be_served(tmp_path: Path) -> None:
             with pytest.raises(errors.StorageError, match=str(path)):
                 await server.add(path)
         with pytest.raises(errors.StorageError, match="no regular file of"):
-            server.add_known(HASHES, tmp_path / "file")
+            await server.add_known(HASHES, tmp_path / "file")
         assert await server.add(tmp_path / "file") == Hashes.of_bytes(b"short").file
         assert server.files == [Hashes.of_bytes(b"short").file]
         server.remove(server.files[0].root)

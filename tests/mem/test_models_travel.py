@@ -19,10 +19,11 @@ from client.errors import UnknownModel
 from client.models.bloom import DistributedBloomForCausalLM
 from compute.checkpoint import Checkpoint
 from compute.errors import CheckpointError
-from compute.peer_models import find_at_peers, read_manifest
+from compute.peer_models import MAX_TRIED, find_at_peers, read_manifest
+from net.errors import FetchFailed
 from net.files import models as travel
 from net.files.manifest import ModelManifest
-from net.files.models import MODELS_FOLDER, SAID_DIGITS, PeerModels, offers_of, split_pin
+from net.files.models import MODELS_FOLDER, SAID_DIGITS, Offer, PeerModels, offers_of, split_pin
 from net.files.part import LEFT_BYTES
 from net.files.pieces import FileId, Hashes, hash_file
 from net.files.remembered import RememberedHashes
@@ -377,6 +378,38 @@ def test_a_pin_that_fits_several_is_refused() -> None:
 
     with pytest.raises(CheckpointError, match=f"some-bloom@{pin}: several are offered that begin so; give more digits"):
         find_at_peers(cast(PeerModels, Fake), "some-bloom", pin, call)
+
+
+def test_no_more_offers_are_tried_than_make_sense() -> None:
+    files = [Hashes.of_bytes(bytes([number])).file for number in range(MAX_TRIED + 3)]
+    most = files[-1]  # offered by two
+    numbered = enumerate([*files, most])
+    nodes = [replace(announced(number, 0, 8), files=file) for number, file in numbered]
+    tried: list[FileId] = []
+
+    class Fake:
+        offers = staticmethod(partial(offers_of, nodes))
+
+        @staticmethod
+        def manifest(offer: Offer) -> None:
+            tried.append(offer.manifest)
+            raise FetchFailed("it cannot be had", [])
+
+    def call(function: Callable[..., Any], *arguments: object) -> Any:
+        return function(*arguments)
+
+    with pytest.raises(
+        CheckpointError, match=r"11 different sets of files .* the 8 that most .* are of no use"
+    ) as lack:
+        find_at_peers(cast(PeerModels, Fake), "some-bloom", None, call)
+    assert len(tried) == len(set(tried)) == MAX_TRIED
+    assert tried[0] == most
+    left = offers_of(nodes, "some-bloom")[MAX_TRIED]
+    assert f"such as some-bloom@{left.short}, " in str(lack.value)
+    tried.clear()
+    with pytest.raises(CheckpointError, match=r"some-bloom: the files that nodes offer are of no use \(it cannot"):
+        find_at_peers(cast(PeerModels, Fake), "some-bloom", left.short, call)
+    assert tried == [left.manifest]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,17 @@ async def test_a_module_is_obtained_once(tmp_path: Path) -> None:
             weights.write_bytes(weights.read_bytes()[:-1] + b"\x55")
             with pytest.raises(ModuleError, match="damaged, or changed"):
                 await obtain(swarm, short, DIGEST)
+
+
+async def test_a_holder_that_lies_is_avoided(tmp_path: Path) -> None:
+    network, home = MemoryNetwork(), tmp_path / "home"
+    async with members(2, tmp_path, network=network) as (liar, other), client_of(other, network, home) as swarm:
+        manifest = await liar.publish(make_module(tmp_path / "mine"))
+        entry = liar.files._entries[manifest.files[0].root]
+        liar.files._entries[manifest.files[0].root] = replace(entry, path=None, data=bytes(manifest.files[0].size))
+        with pytest.raises(ModuleError, match="cannot be had"):
+            await obtain(swarm, str(manifest), DIGEST)
+        assert "wrong bytes for piece 0" in swarm.reputation.avoided()[liar.host.peer_id]
 
 
 async def test_what_must_not_be_used_is_not_kept(tmp_path: Path) -> None:

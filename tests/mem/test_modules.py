@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import shutil
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +21,7 @@ from net.addresses import PeerAddress
 from net.dht import keys
 from net.dht.service import Dht
 from net.errors import ModuleError
+from net.files.part import Part
 from net.files.pieces import Hashes
 from net.files.server import FileServer
 from net.host import Host, open_host
@@ -27,7 +31,7 @@ from net.modules.announcement import Holder
 from net.modules.finding import FoundModule, ModuleFinder
 from net.modules.manifest import Manifest, Reference
 from net.modules.service import ModuleService, ModuleSettings
-from net.modules.store import ModuleStore, check_files
+from net.modules.store import ModuleStore, StoredModule, check_files
 from net.mux.base import Stream
 from net.rpc import lane
 from net.rpc.framing import Message
@@ -148,11 +152,48 @@ async def test_what_is_here_by_now_is_checked_as_what_is_fetched(tmp_path: Path)
         checked: list[Path] = []
         await user.finder.fetch(found, user.store, check=checked.append)
         assert checked == [stored.folder]
-        weights = stored.folder / "adapter_model.safetensors"
-        weights.write_bytes(bytes(weights.stat().st_size))
-        with pytest.raises(ModuleError, match="was damaged, or changed"):
-            await user.finder.fetch(found, user.store, check=checked.append)
-        assert checked == [stored.folder]
+        damage(stored)
+        assert await user.finder.fetch(found, user.store) == stored  # fetched again
+        check_files(manifest, stored.folder)
+        assert len(entries(user.store)) == 2  # what was there is there still
+
+
+def damage(module: StoredModule) -> None:
+    """Change bytes, and no size."""
+    weights = module.folder / "adapter_model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+
+
+async def test_the_event_loop_never_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, waits = threading.get_ident(), []
+
+    def watch(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            if threading.get_ident() == loop:
+                waits.append(name)
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    async with members(2, tmp_path) as (publisher, user):
+        folder = make_module(tmp_path / "mine")
+        manifest = sign(AUTHOR, folder)
+        module = publisher.store.copy_in(manifest, {file.name: folder / file.name for file in manifest.files})
+        for owner, name in (
+            *((shutil, "rmtree"), (shutil, "disk_usage"), (Path, "stat"), (Path, "glob"), (Path, "mkdir")),
+            *((Part, "open"), (Part, "close"), (Part, "discard"), (Part, "finish")),
+        ):
+            watch(owner, name)
+        await publisher.modules.serve(module)
+        found = await user.finder.resolve(reference(manifest))
+        await user.finder.fetch(found, user.store)
+        with trio.CancelScope() as scope:
+            other = ModuleStore(tmp_path / "other")
+            await user.finder.fetch(found, other, progress=lambda *_: scope.cancel())
+        assert scope.cancelled_caught
+        assert waits == []
 
 
 @pytest.mark.parametrize("digits", [64, 12])
@@ -298,6 +339,8 @@ async def test_flipped_bytes_are_refused(where: str, tmp_path: Path) -> None:
         weights = next(liar.store.folder.glob("*/files/adapter_model.safetensors"))
         data = bytearray(weights.read_bytes())
         data[-1] ^= 1
+        blamed: list[errors.PeerFailed] = []
+        user.modules.finder = ModuleFinder(user.host, user.dht, on_failure=blamed.append)
         found = await user.finder.resolve(reference(manifest))
         if where == "published":
             weights.write_bytes(data)
@@ -309,6 +352,7 @@ async def test_flipped_bytes_are_refused(where: str, tmp_path: Path) -> None:
         with pytest.raises(ModuleError, match=f"cannot be had: .*{liar.host.peer_id}"):
             await user.finder.fetch(found, user.store)
         assert entries(user.store) == []
+        assert [each.peer_id for each in blamed] == [liar.host.peer_id]
         noticed: AbstractContextManager[Any] = pytest.raises(ModuleError, match="damaged, or changed")
         with noticed if where == "published" else nullcontext():
             check_files(manifest, weights.parent)
@@ -342,6 +386,8 @@ async def test_nothing_is_left_of_a_fetch_that_was_cancelled(tmp_path: Path) -> 
 @pytest.mark.parametrize("kind", ["forged", "another", "garbage", "huge", "too-many", "nothing"])
 async def test_holders_that_lie_about_manifests_are_passed_over(kind: str, tmp_path: Path) -> None:
     async with members(6, tmp_path) as (publisher, *liars, user):
+        blamed: list[errors.PeerFailed] = []
+        user.modules.finder = ModuleFinder(user.host, user.dht, on_failure=blamed.append)
         manifest = await publisher.publish(make_module(tmp_path / "mine"))
         forged = bytearray(manifest.envelope)
         forged[-1] ^= 1
@@ -363,6 +409,10 @@ async def test_holders_that_lie_about_manifests_are_passed_over(kind: str, tmp_p
         for _ in range(3):
             found = await user.finder.named("my-adapter")
             assert {each.manifest for each in found} <= {manifest} | ({other} if kind == "another" else set())
+        blamed.clear()
+        assert await user.finder.by_hash(manifest.hash) is not None
+        lied = {liar.host.peer_id for liar in liars} if kind != "nothing" else set()
+        assert {each.peer_id for each in blamed if isinstance(each, errors.PeerLied)} == lied
         real = FoundModule(manifest=manifest, holders=(liars[0].holder, publisher.holder))
         stored = await user.finder.fetch(real, user.store)  # files come from whoever has them
         assert stored.manifest == manifest
@@ -417,16 +467,70 @@ async def test_a_pin_waits_for_who_has_the_module(tmp_path: Path, caplog: pytest
     async with members(3, tmp_path, settings) as (publisher, volunteer, user), trio.open_nursery() as nursery:
         folder = make_module(tmp_path / "mine")
         manifest = sign(AUTHOR, folder)
+        caplog.set_level(logging.INFO, "net.modules.service")
         nursery.start_soon(volunteer.modules.pin, reference(manifest))
         await until(lambda: len(caplog.records) >= 4)
         assert volunteer.modules.held == []
         waits = [record.args[1] for record in caplog.records]  # type: ignore[index]
         assert waits[:4] == [0.01, 0.02, 0.04, 0.05]
         await publisher.publish(folder)
-        await until(lambda: volunteer.modules.held == [manifest])
+        await until(lambda: "is held" in caplog.messages[-1])
+        assert volunteer.modules.held == [manifest]
+        (told,) = (message for message in caplog.messages if "is held:" in message)
+        assert told.startswith(f"{manifest} is held: lora for bloom-tiny, 2 files of {manifest.total_bytes} bytes, by ")
         await publisher.leave()
         (found,) = await user.finder.named("my-adapter")
         assert found.holders == (volunteer.holder,)
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_is_pinned_comes_again_when_it_was_damaged_here(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with members(2, tmp_path) as (publisher, volunteer):
+        manifest = await publisher.publish(make_module(tmp_path / "mine"))
+        module = await volunteer.finder.fetch(await volunteer.finder.resolve(reference(manifest)), volunteer.store)
+        damage(module)
+        assert await volunteer.modules.hold(reference(manifest)) == module
+        check_files(manifest, module.folder)
+        assert volunteer.modules.held == [manifest]
+        assert [f"{manifest.hash}.damaged" in message for message in caplog.messages] == [True]
+
+
+async def test_what_turns_out_to_be_damaged_is_offered_no_more_until_it_has_come_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = ModuleSettings(retry_s=0.01)
+    async with members(3, tmp_path, settings) as (publisher, volunteer, user), trio.open_nursery() as nursery:
+        manifest = await publisher.publish(make_module(tmp_path / "mine"))
+        same = sign(AUTHOR, tmp_path / "mine", name="same-files")  # which are served once
+        for each in (manifest, same):
+            module = volunteer.store.copy_in(each, {file.name: tmp_path / "mine" / file.name for file in each.files})
+            nursery.start_soon(volunteer.modules.pin, reference(each))
+        await until(lambda: len(volunteer.modules.held) == 2)
+        for module in volunteer.store.all():
+            damage(module)
+        found = FoundModule(manifest=manifest, holders=(volunteer.holder,))
+        with pytest.raises(ModuleError, match="does not have it"):
+            await user.finder.fetch(found, user.store)
+        assert volunteer.modules.held == []
+        assert sum("is not held any more" in message for message in caplog.messages) == 2
+        await until(lambda: volunteer.modules.held == [manifest])  # nobody has the other one
+        assert (await user.finder.fetch(found, user.store)).manifest == manifest
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_store_that_cannot_be_read_ends_no_node(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = ModuleSettings(retry_s=0.01)
+    async with members(2, tmp_path, settings) as (publisher, volunteer), trio.open_nursery() as nursery:
+        manifest = await publisher.publish(make_module(tmp_path / "mine"))
+        volunteer.store.folder.write_text("no folder")
+        nursery.start_soon(volunteer.modules.pin, reference(manifest))
+        await until(lambda: sum("is not held yet" in message for message in caplog.messages) >= 2)
+        assert any("no module here is used" in message for message in caplog.messages)
+        volunteer.store.folder.unlink()
+        await until(lambda: volunteer.modules.held == [manifest])
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_volunteer_that_comes_back_needs_nobody(tmp_path: Path) -> None:

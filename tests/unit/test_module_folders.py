@@ -239,6 +239,14 @@ def test_the_same_again_has_the_same_hash(folder: Path, tmp_path: Path, monkeypa
     assert signed(store, folder, description=parent).manifest.parent == first.manifest.hash
 
 
+def test_one_that_was_damaged_can_be_signed_again(folder: Path, tmp_path: Path) -> None:
+    store = ModuleStore(tmp_path / "modules")
+    module = signed(store, folder)
+    (module.folder / WEIGHTS).write_bytes(bytes((module.folder / WEIGHTS).stat().st_size))
+    assert signed(store, folder) == module
+    assert (module.folder / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+
+
 def test_a_card_of_ones_own_is_kept(folder: Path, tmp_path: Path) -> None:
     (folder / "README.md").write_text("# Mine")
     module = signed(ModuleStore(tmp_path / "modules"), folder)

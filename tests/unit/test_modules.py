@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -343,6 +344,60 @@ def test_what_was_changed_on_disk_is_not_used(tmp_path: Path) -> None:
     again = store.copy_in(manifest, paths)  # the damaged one is out of the way
     check_files(manifest, again.folder)
     assert store.get("../../etc") is None
+
+
+def test_one_that_was_damaged_is_moved_aside_when_it_is_taken_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_module(tmp_path / "mine")
+    manifest = sign(AUTHOR, folder)
+    paths = {file.name: folder / file.name for file in manifest.files}
+    store = ModuleStore(tmp_path / "modules")
+    for count in (1, 2, 3):
+        kept = store.copy_in(manifest, paths)  # in place of a damaged one
+        check_files(manifest, kept.folder)
+        assert store.take_up(manifest.hash) == kept
+        assert len(os.listdir(store.folder)) == count
+        weights = kept.folder / "adapter_model.safetensors"
+        weights.write_bytes(bytes(weights.stat().st_size))
+    assert store.take_up(manifest.hash) is None
+    assert "adapter_model.safetensors is not what the manifest" in caplog.messages[-1]
+    assert store.get(manifest.hash) is None
+
+
+def test_a_file_in_a_modules_place_is_moved_aside(tmp_path: Path) -> None:
+    folder = make_module(tmp_path / "mine")
+    manifest = sign(AUTHOR, folder)
+    store = ModuleStore(tmp_path / "modules")
+    store.folder.mkdir()
+    (store.folder / manifest.hash).write_text("somebody's")
+    kept = store.copy_in(manifest, {file.name: folder / file.name for file in manifest.files})
+    assert store.take_up(manifest.hash) == kept
+    assert [path.read_text() for path in store.folder.glob("*.damaged-*")] == ["somebody's"]
+
+
+def test_what_cannot_be_read_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = ModuleStore(tmp_path / "modules")
+    kept = []
+    for seed in (0, 1):
+        folder = make_module(tmp_path / str(seed), seed=seed)
+        manifest = sign(AUTHOR, folder)
+        kept.append(store.copy_in(manifest, {file.name: folder / file.name for file in manifest.files}))
+    locked, stat = kept[0].folder.parent, Path.stat
+
+    def refuse(path: Path, **options: Any) -> os.stat_result:
+        if path == locked:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    assert store.all() == kept[1:]
+    assert [f"{locked} is not used: " in message for message in caplog.messages] == [True]
+    (tmp_path / "no-folder").write_text("")
+    assert ModuleStore(tmp_path / "no-folder").all() == []
+    assert "no module here is used" in caplog.messages[-1]
 
 
 def test_folders_that_are_no_modules(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import errno
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -204,6 +205,57 @@ def test_a_signal_in_the_middle_of_an_update_waits(
     assert curve(tmp_path) == whole[1]
 
 
+@pytest.mark.parametrize("when", ["before it is saved", "while it is saved"])
+def test_a_second_signal_leaves_what_is_saved_whole(
+    when: str,
+    tmp_path: Path,
+    whole: tuple[dict[str, bytes], list[dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save = Training._save_what_is_done
+    sent = [signal.SIGINT]
+
+    def send_once() -> None:
+        if sent:
+            os.kill(os.getpid(), sent.pop())
+
+    def saving(self: Training) -> None:
+        send_once()
+        save(self)
+
+    @contextmanager
+    def late() -> Iterator[None]:
+        if made.is_interrupted:
+            send_once()  # before they are held
+        with held():
+            yield
+
+    class Interrupted(Training):
+        is_interrupted = False
+
+        def _train_step(self) -> None:
+            if self.step == 6:
+                self.is_interrupted = True
+                raise KeyboardInterrupt
+            super()._train_step()
+
+    made = Interrupted(Bigrams(), EXAMPLES, HELD_OUT, SETTINGS, tmp_path, marks={"model": "bigrams"}, pad=0)
+    made.take_up()
+    with monkeypatch.context() as patched:
+        if when == "while it is saved":
+            patched.setattr(Training, "_save_what_is_done", saving)
+        else:
+            patched.setattr("client.tuning.training.loop.held", late)
+        with pytest.raises(TrainingInterrupted, match="after step 6, which is saved"):
+            made.run()
+    assert not sent
+    model = Bigrams()
+    again = training(tmp_path, model)
+    assert again.step == 6
+    again.run()
+    assert bits(model) == whole[0]
+
+
 def test_a_finished_training_has_nothing_left_to_do(
     tmp_path: Path, whole: tuple[dict[str, bytes], list[dict[str, Any]]]
 ) -> None:
@@ -221,11 +273,14 @@ def test_a_finished_training_has_nothing_left_to_do(
 @pytest.mark.parametrize(
     ("settings", "marks", "told"),
     [
-        ({"learning_rate": 0.01}, {}, r"learning_rate \(0.05 then, 0.01 now\)"),
-        ({"seed": 5}, {}, r"seed \(0 then, 5 now\)"),
-        ({"steps": 13}, {}, r"steps \(12 then, 13 now\)"),
-        ({}, {"model": "another"}, r"model \(bigrams then, another now\)"),
-        ({}, {"rank": 3}, r"rank \(None then, 3 now\)"),
+        ({"learning_rate": 0.01}, {}, r"\(--learning-rate: was 0.05, now 0.01\): give the same"),
+        ({"seed": 5}, {}, r"--seed: was 0, now 5"),
+        ({"steps": 13}, {}, r"--steps, or by --epochs: was 12, now 13"),
+        ({}, {"model": "another"}, r"--model: was bigrams, now another"),
+        ({"warmup_steps": 1}, {"rank": 3}, r"--rank: was not given, now 3; --warmup: was 3, now 1\)"),
+        ({}, {"targets": ["dense", "query_key_value"]}, r"--targets: was not given, now dense, query_key_value\)"),
+        ({}, {"data": "ab" * 32}, r"--data, by its digest: was not given, now abababababab\)"),
+        ({}, {"labels": ["x" * 150] * 3}, r"the labels in --data: was not given, now x{150}, x{48}\.\.\.\)"),
     ],
 )
 def test_other_options_are_refused(settings: dict[str, Any], marks: dict[str, Any], told: str, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import client
 from client.cli import main
-from client.errors import InvalidInput
+from client.errors import InvalidInput, MissingBlocks
 from client.tuning.methods import ClassificationHead, DeepPromptTuning, LoRA, PromptTuning, RegressionHead
 from client.tuning.training.folder import own_folder
 from tests.tuned_locally import LocalTuned, tiny_tokenizer
@@ -199,7 +199,7 @@ def test_what_was_interrupted_goes_on_bit_for_bit(
     assert swarm.calls == before, "there is nothing left to do"
     tune(*options, "--out", tmp_path / "broken", "--seed", "1", status=1)
     errors = capsys.readouterr().err
-    assert "seed (0 then, 1 now)" in errors and "another --out" in errors
+    assert "--seed: was 0, now 1)" in errors and "another --out" in errors
 
 
 def test_a_module_is_trained_further(swarm: LocalSwarm, texts: Path, tmp_path: Path) -> None:
@@ -248,3 +248,41 @@ def test_a_folder_is_for_one_training(tmp_path: Path) -> None:
     (tmp_path / "other" / "letter.txt").write_text("dear")
     with pytest.raises(InvalidInput, match=r"other files, such as letter\.txt"), own_folder(tmp_path / "other"):
         pass
+
+
+def test_a_file_is_no_folder(swarm: LocalSwarm, texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for out in (texts, texts / "deep" / "er"):
+        tune("--data", texts, "--out", out, "--method", "lora", status=1)
+        told = f"{texts} is a file, but a training needs a folder: give a new one as --out"
+        assert capsys.readouterr().err == f"raceme: error: {told}\n"
+    assert not swarm.asked
+
+
+def test_a_training_that_never_began_leaves_nothing(
+    swarm: LocalSwarm, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: int) -> None:
+        raise MissingBlocks("nobody serves blocks 0:8", [(0, 8)])
+
+    (tmp_path / "mine").mkdir()
+    swarm.before = fail  # the frozen model cannot be evaluated
+    for out in ("deep/er", "mine/new", "mine"):
+        tune("--data", texts, "--out", tmp_path / out, "--method", "lora", *QUICK, status=1)
+        assert "blocks 0:8" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "texts.jsonl"]
+    assert not list((tmp_path / "mine").iterdir())
+
+
+def test_what_differs_is_named_by_its_options(
+    swarm: LocalSwarm, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--data", texts, "--out", tmp_path / "out", "--steps", "1", *QUICK)
+    tune(*common, "--method", "lora", "--rank", "2")
+    capsys.readouterr()
+    tune(*common, "--method", "lora", "--rank", "3", "--targets", "dense,query_key_value", status=1)
+    assert (
+        "(--rank: was 2, now 3; --alpha: was 4.0, now 6.0; --targets: was query_key_value, now query_key_value, dense)"
+        in capsys.readouterr().err
+    )
+    tune(*common, "--method", "prompt", "--learning-rate", "0.5", status=1)
+    assert "--method: was lora, now prompt; --prompt-tokens: was not given, now 16;" in capsys.readouterr().err

@@ -160,7 +160,7 @@ def tune(swarm: Swarm, task: Task, *, as_json: bool) -> int:
         marks = {
             "model": model.served.name,
             "digest": model.served.digest,
-            "methods": [repr(method) for method in methods],
+            **_marks(methods),
             "module": task.module,
             "data": examples.digest,
             "held_out": held_out.digest,
@@ -198,6 +198,21 @@ def tune(swarm: Swarm, task: Task, *, as_json: bool) -> int:
         parameters = sum(parameter.numel() for parameter in model.tuned.parameters())
         _print(task, told, parameters=parameters, has_head=_head(methods) is not None)
     return 0
+
+
+def _marks(methods: Sequence[Method]) -> dict[str, Any]:
+    """What is trained, by the options that say so."""
+    marks: dict[str, Any] = {"method": [LABELS[type(method)] for method in methods]}
+    for method in methods:
+        if isinstance(method, LoRA):
+            marks |= {"rank": method.rank, "alpha": method.alpha, "targets": list(method.targets)}
+        elif isinstance(method, PromptTuning | DeepPromptTuning):
+            marks |= {"prompt_tokens": method.tokens, "prompt_text": method.text}
+        elif isinstance(method, ClassificationHead):
+            marks["labels"] = list(method.labels)
+        elif isinstance(method, RegressionHead):
+            marks["regression"] = method.outputs
+    return marks
 
 
 def _load(swarm: Swarm, task: Task) -> tuple[Any, list[Row], list[Row]]:

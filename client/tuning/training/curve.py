@@ -31,7 +31,8 @@ class Curve:
             OSError: It cannot be written; what was there is there still.
         """
         self.lines = [line for line in self.lines if line["step"] <= step]
-        replace_file(self._path, "".join(map(_spell, self.lines)).encode())
+        if self._path.exists():
+            replace_file(self._path, "".join(map(_spell, self.lines)).encode())
 
     def add(self, **line: Any) -> None:
         """Write one line.

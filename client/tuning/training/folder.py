@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from client.errors import InvalidInput
@@ -24,14 +24,15 @@ from net.replacing import PART_SUFFIX
 
 @contextmanager
 def own_folder(folder: Path) -> Iterator[None]:
-    """Make a folder if need be, and keep other processes out until the end.
+    """Make a folder if need be, and keep other processes out until the end. If nothing has come into it by then, it and
+    those above it that were made for it are no more.
 
     Raises:
-        InvalidInput: Something else is in it, or somebody else.
+        InvalidInput: Something else is in it, or somebody else; or it is no folder.
         OSError: It cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    handle = _open(folder)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -40,9 +41,27 @@ def own_folder(folder: Path) -> Iterator[None]:
         names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
         if names and not names & {CHECKPOINT_FILE, CURVE_FILE}:
             raise InvalidInput(f"{folder} holds other files, such as {min(names)}: give a new folder as --out")
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # something is in it
+                for path in new:
+                    path.rmdir()
     finally:
         os.close(handle)
+
+
+def _open(folder: Path) -> int:
+    """Raises:
+    InvalidInput: it, or one above it, is no folder.
+    OSError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.open(folder, os.O_RDONLY)
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(path for path in (folder, *folder.parents) if path.exists())
+        raise InvalidInput(f"{file} is a file, but a training needs a folder: give a new one as --out") from error
 
 
 def write_module(model: Tunable, folder: Path, description: Description) -> None:

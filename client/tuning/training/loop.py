@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -28,6 +30,17 @@ from client.tuning.training.interrupts import held
 CHECKPOINT_FILE: Final = "checkpoint.safetensors"
 CURVE_FILE: Final = "log.jsonl"
 RECENT_STEPS: Final = 20  # that speed is told of
+MAX_SPELLED_CHARACTERS: Final = 200  # of what an option was, and is: of many labels, the first
+SPELLED_DIGITS: Final = 12
+OPTIONS: Final = {  # the marks that are called otherwise than the options that say them
+    "digest": "the model's digest",
+    "data": "--data, by its digest",
+    "held_out": "what is held out, by its digest",
+    "labels": "the labels in --data",
+    "steps": "--steps, or by --epochs",
+    "warmup_steps": "--warmup",
+}
+HEX_DIGEST: Final = re.compile("[0-9a-f]{64}")
 
 logger = logging.getLogger(__name__)
 
@@ -301,9 +314,11 @@ class Training:
         ours: dict[str, Any] = self._marks
         differing = [name for name in ours | dict(marks) if marks.get(name) != ours.get(name)]
         if differing:
-            told = ", ".join(f"{name} ({marks.get(name)!s:.40} then, {ours.get(name)!s:.40} now)" for name in differing)
+            told = "; ".join(
+                f"{_option(name)}: was {_spell(marks.get(name))}, now {_spell(ours.get(name))}" for name in differing
+            )
             raise InvalidInput(
-                f"{self._folder} holds a training that began with other options: {told}; "
+                f"{self._folder} holds a training that began with other options ({told}): "
                 f"give the same ones to go on with it, or another --out to begin anew"
             )
 
@@ -322,8 +337,9 @@ class Training:
         try:
             self._train()
         except KeyboardInterrupt:
-            with held():
-                self._save_what_is_done()
+            while self._saved != self._step:
+                with suppress(KeyboardInterrupt), held():  # who presses Ctrl-C again means the same
+                    self._save_what_is_done()
             raise TrainingInterrupted(self._step) from None
         except OSError as error:
             raise TrainingFailed(
@@ -444,3 +460,15 @@ class Training:
     def _evaluation(self, step: int) -> Evaluation | None:
         line = self._curve.evaluation(step)
         return None if line is None else Evaluation(loss=line["held_out_loss"], accuracy=line.get("accuracy"))
+
+
+def _option(mark: str) -> str:
+    return OPTIONS.get(mark) or f"--{mark.replace('_', '-')}"
+
+
+def _spell(value: Any) -> str:
+    """What a mark says, for people."""
+    text = ", ".join(map(str, value)) if isinstance(value, list) else "not given" if value is None else str(value)
+    if HEX_DIGEST.fullmatch(text):
+        return text[:SPELLED_DIGITS]
+    return text if len(text) <= MAX_SPELLED_CHARACTERS else f"{text[:MAX_SPELLED_CHARACTERS]}..."
