@@ -124,7 +124,7 @@ class Swarm:
             UnknownModel: nobody serves it, or its files are not on this machine and nobody gives them.
             TypeError, InvalidInput: options that cannot be, and what to do.
         """
-        from client.models.bloom import load
+        from client.models.loading import load
 
         return load(
             name,

@@ -362,7 +362,7 @@ class AsyncSwarm:
             UnknownModel: nobody serves it, under this name or with these files, or nobody gives its files.
             TypeError, InvalidInput: options that cannot be, and what to do.
         """
-        from client.models.bloom import load
+        from client.models.loading import load
         from client.portal import Portal
 
         served = await self.models()
