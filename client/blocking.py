@@ -17,7 +17,7 @@ from client.swarm import AsyncSwarm, Peer, ServedModel, open_swarm
 
 if TYPE_CHECKING:
     from client.models.bloom import DistributedBloomForCausalLM
-    from client.modules import ObtainedModule
+    from client.modules.obtaining import ObtainedModule
     from client.tuning.methods import Method
     from net.files.models import FileProgress
     from net.identity import PeerId

@@ -18,7 +18,7 @@ from client.choices import NO_CHOICES, Choices
 from client.directory import Directory
 from client.errors import InvalidInput, MissingBlocks, UnknownModel
 from client.lifesigns import LifeSigns
-from client.modules import ObtainedModule, obtain
+from client.modules.obtaining import ObtainedModule, obtain
 from client.nearness import Nearness
 from client.pricing import Measurements
 from client.routing import Wishes, choose_chain, runs_without

@@ -28,7 +28,7 @@ from client.models.cache import SessionCache
 from client.models.contrastive import asks_for_contrastive, contrastive_search
 from client.models.local import LocalBlocks
 from client.models.saved import ModelMark, SavedSession
-from client.modules import Description
+from client.modules.description import Description
 from client.portal import Portal
 from client.pricing import Wishes
 from client.tuning import peft_files

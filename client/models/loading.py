@@ -15,7 +15,7 @@ from client.choices import Choices
 from client.errors import InvalidInput, UnknownModel
 from client.models.bloom import DistributedBloomForCausalLM
 from client.models.local import LocalBlocks
-from client.modules import ObtainedModule, obtain
+from client.modules.obtaining import ObtainedModule, obtain
 from client.tuning import peft_files
 from client.tuning.heads import head_config
 from client.tuning.methods import DeepPromptTuning, Method, PromptTuning, read_methods
