@@ -17,7 +17,7 @@ from client.swarm import AsyncSwarm, Peer, ServedModel, open_swarm
 
 if TYPE_CHECKING:
     from client.models.bloom import DistributedBloomForCausalLM
-    from client.modules import ObtainedModule
+    from client.modules.obtaining import ObtainedModule
     from client.tuning.methods import Method
     from net.files.models import FileProgress
     from net.identity import PeerId
@@ -124,7 +124,7 @@ class Swarm:
             UnknownModel: nobody serves it, or its files are not on this machine and nobody gives them.
             TypeError, InvalidInput: options that cannot be, and what to do.
         """
-        from client.models.bloom import load
+        from client.models.loading import load
 
         return load(
             name,

@@ -26,8 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             shadowing.check()
         except ImportError as error:
             sys.exit(f"raceme: error: {error}")
+        from compute import spinning
         from net import console
 
+        spinning.spin_briefly()
         parser = build_parser()
         options = parser.parse_args(arguments)
         if options.run is None:
@@ -74,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     import client.commands
     import client.doctor
-    import client.publishing
+    import client.modules.cli
     import client.tuning.cli
     import compute.cli
     import net.cli
@@ -93,8 +95,8 @@ def build_parser() -> argparse.ArgumentParser:
     client.commands.add_generate(commands)
     client.tuning.cli.add_tune(commands)
     client.commands.add_status(commands)
-    client.publishing.add_publish(commands)
-    client.publishing.add_modules(commands)
+    client.modules.cli.add_publish(commands)
+    client.modules.cli.add_modules(commands)
     client.doctor.add_doctor(commands)
     return parser
 

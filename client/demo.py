@@ -148,7 +148,7 @@ class _Alone:
             from transformers import AutoTokenizer, BloomForCausalLM
             from transformers.utils import logging
 
-            import client.models.bloom  # noqa: F401  what the main thread is going to use
+            import client.models.loading  # noqa: F401  what the main thread is going to use
             from compute.models import find_checkpoint
 
             logging.disable_progress_bar()

@@ -18,7 +18,7 @@ from client.choices import NO_CHOICES, Choices
 from client.directory import Directory
 from client.errors import InvalidInput, MissingBlocks, UnknownModel
 from client.lifesigns import LifeSigns
-from client.modules import ObtainedModule, obtain
+from client.modules.obtaining import ObtainedModule, obtain
 from client.nearness import Nearness
 from client.pricing import Measurements
 from client.routing import Wishes, choose_chain, runs_without
@@ -363,7 +363,7 @@ class AsyncSwarm:
             UnknownModel: nobody serves it, under this name or with these files, or nobody gives its files.
             TypeError, InvalidInput: options that cannot be, and what to do.
         """
-        from client.models.bloom import load
+        from client.models.loading import load
         from client.portal import Portal
 
         served = await self.models()

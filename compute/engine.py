@@ -433,6 +433,16 @@ class Engine:
         work = await self._train(Kind.BACKWARD, hidden, gradient, peer, start, end, tuning)
         return Gradients(hidden=work.result(), tuning=work.tuning_gradient)
 
+    def check_sequences(self, rows: int, tokens: int) -> None:
+        """Whether :meth:`forward` and :meth:`backward` take so many sequences of so many tokens.
+
+        Raises:
+            BadInput: ``too-long``: they do not.
+        """
+        if rows > self.settings.max_batch or tokens > self.settings.max_length_tokens:
+            most = f"{self.settings.max_batch} sequences of {self.settings.max_length_tokens} tokens"
+            raise BadInput("too-long", f"{rows} sequences of {tokens} tokens, at most {most} are served")
+
     async def close_session(self, session: int) -> None:
         """Free a session's cache, after the steps that wait already. An unknown session is no error.
 
@@ -517,9 +527,7 @@ class Engine:
         span = self._part(start, end)
         check_hidden(hidden, None, self.span.config.hidden_size)
         rows, tokens = hidden.shape[:2]
-        if rows > self.settings.max_batch or tokens > self.settings.max_length_tokens:
-            most = f"{self.settings.max_batch} sequences of {self.settings.max_length_tokens} tokens"
-            raise BadInput("too-long", f"{rows} sequences of {tokens} tokens, at most {most} are served")
+        self.check_sequences(rows, tokens)
         if gradient is not None and (gradient.shape, gradient.dtype) != (hidden.shape, hidden.dtype):
             raise BadInput("bad-shape", f"a gradient of shape {list(gradient.shape)} for {list(hidden.shape)}")
         mine = None if tuning is None else self._tuning_of(tuning, span)

@@ -158,7 +158,7 @@ class _Talk:
         self._parcels = ParcelStream(
             stream,
             connection.line,
-            max_parcels=wire.MAX_CALLS,
+            max_parcels=2 * wire.MAX_CALLS,  # those that were refused while they came, and what came in their place
             limit=_limit,
             take=self._hold,
             give_back=self._give_back,
@@ -274,6 +274,7 @@ class _Talk:
         serving = self._training.node.serving_for(work)
         with refusals(serving.metrics), serving.call(call.scope):
             form = Form.read(work.form)
+            serving.engine.check_sequences(work.rows, work.tokens)  # before they are decoded, to up to four times that
             if method == "backward" and tuning is not None:
                 self._hold_answer(call, call.size // count + tuning.n_bytes)
             states = await _take_states(call, form, work, serving.span.config.hidden_size)

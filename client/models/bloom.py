@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer, BloomConfig, GenerationConfig, GenerationMixin
+from transformers import BloomConfig, GenerationConfig, GenerationMixin
 from transformers.generation import GenerationMode
-from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -25,39 +25,28 @@ from client.drafting.base import Drafter
 from client.drafting.runner import make_model_drafter
 from client.errors import InvalidInput, UnknownModel
 from client.models.cache import SessionCache
-from client.models.contrastive import contrastive_search
+from client.models.contrastive import asks_for_contrastive, contrastive_search
 from client.models.local import LocalBlocks
 from client.models.saved import ModelMark, SavedSession
-from client.modules import Description, obtain
+from client.modules.description import Description
 from client.portal import Portal
 from client.pricing import Wishes
 from client.tuning import peft_files
-from client.tuning.heads import check_head_labels, head_config, head_loss
-from client.tuning.methods import DeepPromptTuning, Method, PromptTuning, read_methods
 from client.tuning.remote import RemoteBlocks
 from client.tuning.tuned import Tuned
-from client.tuning.whole import Rows, labels_in_place, last_tokens, run_whole
-from compute.bloom import Embeddings, Head, span_digest
-from compute.checkpoint import Checkpoint
-from compute.errors import ModelNotFound
-from compute.models import find_checkpoint, is_folder
-from compute.peer_models import find_at_peers, fits_pin
-from net.files.models import split_pin
-from net.protocol.announcement import MAX_BLOCKS
+from client.tuning.whole import Rows, check_labels, forward_whole
+from compute.bloom import Embeddings, Head
 
 if TYPE_CHECKING:
     from os import PathLike
 
     from client.swarm import AsyncSwarm, ServedModel
     from client.tuning.trainer import Trainer
-    from net.files.models import FileProgress, PeerModels
     from net.identity import PeerId
     from net.protocol.announcement import NodeAnnouncement
 
-IGNORED_LABEL = -100
 # What logits processors keep open beside the session that is generated with (as classifier-free guidance does).
 _side_sessions: ContextVar[list[SessionCache] | None] = ContextVar("side_sessions", default=None)
-MAX_CHECKED_BYTES = 512 * 1024 * 1024  # hashed when a model is made: about a second
 
 
 class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -266,7 +255,7 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         if session is None:
             with self.session(wire="auto" if wire is None else wire) as fresh:
                 return self.generate(inputs, *args, session=fresh, draft=draft, **options)
-        if "custom_generate" not in options and self._is_contrastive(args, options):
+        if "custom_generate" not in options and asks_for_contrastive(self, args, options):
             # transformers hands no streamer to what it does not know.
             options["custom_generate"] = partial(contrastive_search, streamer=options.get("streamer"))
         session.keep_prefix(ids)
@@ -284,19 +273,6 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
             for each in side_sessions:
                 each.close()
             session.stop_drafting()
-
-    def _is_contrastive(self, args: Sequence[Any], options: Mapping[str, Any]) -> bool:
-        """Whether these are arguments of ``generate`` that ask for contrastive search."""
-        given = args[0] if args else options.get("generation_config")
-        alpha = options.get("penalty_alpha", getattr(given or self.generation_config, "penalty_alpha", None))
-        if not alpha:
-            return False
-        named = {name: value for name, value in options.items() if name != "generation_config"}
-        config, _ = self._prepare_generation_config(given, **named)
-        is_wanted: bool = (
-            config.get_generation_mode(options.get("assistant_model")) == GenerationMode.CONTRASTIVE_SEARCH
-        )
-        return is_wanted
 
     def _drafter(self, draft: str | PreTrainedModel) -> Drafter | bool:
         return True if isinstance(draft, str) else make_model_drafter(draft, self.config.vocab_size)
@@ -360,10 +336,10 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         every = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if self.tuned is not None and past_key_values is None and not use_cache and not every:
             rows = Rows.read(attention_mask, *ids.shape)
-            whole = self._forward_whole(self.tuned, ids, rows, labels, logits_to_keep, num_items_in_batch)
+            whole = forward_whole(self, self.tuned, ids, rows, labels, logits_to_keep, num_items_in_batch)
             return whole if as_dict else whole.to_tuple()
         if labels is not None:
-            self._check_labels(labels, ids, logits_to_keep)
+            check_labels(labels, ids, self.config.vocab_size, logits_to_keep)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         wanted = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep else None
         with ExitStack() as closing:
@@ -388,40 +364,6 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
             )
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values, hidden_states=states)
         return output if as_dict else output.to_tuple()
-
-    def _forward_whole(
-        self,
-        tuned: Tuned,
-        ids: torch.Tensor,
-        rows: Rows,
-        labels: torch.Tensor | None,
-        logits_to_keep: int | torch.Tensor,
-        num_items_in_batch: int | torch.Tensor | None,
-    ) -> ModelOutput:
-        """Whole texts, with gradients. Shapes: ids [b, t]; logits [b, t, vocabulary], or [b, outputs] of a head."""
-        if tuned.score is not None:
-            check_head_labels(tuned, labels, ids.shape[0])
-            last = last_tokens(run_whole(ids, rows, self.embeddings, self.head, self.blocks), rows)  # [b, d]
-            scores = tuned.score(last)  # [b, outputs]
-            loss = None if labels is None else head_loss(tuned, scores, labels)
-            return SequenceClassifierOutputWithPast(loss=loss, logits=scores)
-        if labels is not None:
-            self._check_labels(labels, ids, 0)
-        hidden = run_whole(ids, rows, self.embeddings, self.head, self.blocks)  # [b, p + t, d]
-        if labels is None and isinstance(logits_to_keep, int) and logits_to_keep and not rows.has_padding:
-            hidden = hidden[:, -logits_to_keep:]
-        logits = self.head.lm_head(hidden)  # [b, p + t, vocabulary]
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits,
-                labels_in_place(labels, rows, tuned.prompt_tokens),
-                vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-            )
-        logits = rows.back(logits[:, -ids.shape[1] :])  # [b, t, vocabulary]
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return CausalLMOutputWithPast(loss=loss, logits=logits[:, kept])
 
     def save_pretrained(self, save_directory: str | PathLike[str], *_: Any, **__: Any) -> None:
         """Write what was trained: PEFT's ``adapter_config.json`` and ``adapter_model.safetensors``, and
@@ -455,18 +397,6 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
         if not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
             raise InvalidInput(f"token ids must lie in 0 to {self.config.vocab_size - 1}")
         return ids
-
-    def _check_labels(self, labels: torch.Tensor, ids: torch.Tensor, logits_to_keep: int | torch.Tensor) -> None:
-        """Raises:
-        InvalidInput: no loss can be computed.
-        """
-        if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.shape != ids.shape:
-            raise InvalidInput(f"labels are token ids as an integer tensor of input_ids' shape, {list(ids.shape)}")
-        if not isinstance(logits_to_keep, int) or logits_to_keep:
-            raise InvalidInput("the loss needs all logits: leave logits_to_keep out")
-        counted = labels[labels != IGNORED_LABEL]
-        if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < self.config.vocab_size:
-            raise InvalidInput(f"labels must lie in 0 to {self.config.vocab_size - 1}, or be {IGNORED_LABEL}")
 
     def run_blocks(
         self, ids: torch.Tensor, session: SessionCache, keep: int | None = None, *, every_block: bool = False
@@ -528,154 +458,3 @@ class DistributedBloomForCausalLM(PreTrainedModel, GenerationMixin):  # type: ig
 
     def get_output_embeddings(self) -> Any:
         return self.head.lm_head
-
-
-def load(
-    name: str,
-    served: Sequence[ServedModel],
-    swarm: AsyncSwarm,
-    portal: Portal,
-    *,
-    tuning: object = None,
-    module: str | PathLike[str] | None = None,
-    progress: FileProgress | None = None,
-    **options: Any,
-) -> DistributedBloomForCausalLM:
-    """The model called ``name`` (or whose checkpoint is the folder ``name``), served by ``served``'s nodes.
-
-    Args:
-        name, tuning, progress, options: see ``AsyncSwarm.model``.
-        module: what was trained before: a folder, or what somebody has published.
-        served: models.
-        swarm, portal: through which it is used.
-
-    Raises:
-        UnknownModel, TypeError, InvalidInput: see ``AsyncSwarm.model``.
-        CheckpointError: its files are damaged.
-    """
-    if not isinstance(name, str):
-        raise TypeError(f"a model's name, or its folder's path, is a str, not {type(name).__name__}")
-    peers = Choices.read(MAX_BLOCKS, allow=options.get("allow"), block=options.get("block", ())).to_wishes()
-    models = swarm.peer_models(lambda node: peers.permits_peer(node.peer_id), progress)
-    checkpoint = _find_files(name, served, models, portal)
-    wanted = (checkpoint.digest, checkpoint.n_blocks)
-    match = next((model for model in served if (model.digest, model.n_blocks) == wanted), None)
-    if match is None:
-        same_name = [model for model in served if checkpoint.name in model.names]
-        if same_name:
-            raise UnknownModel(
-                f"{checkpoint.name} is served with digest {same_name[0].digest[:12]}, but the files here have "
-                f"{checkpoint.digest[:12]}: they are different models"
-            )
-        raise UnknownModel(f"nobody serves {checkpoint.name}; {_spell(served)}")
-    if (plain := split_pin(name)[0]) in match.names:
-        match = replace(match, name=plain)  # others may call the same files something else
-    choices = Choices.read(match.n_blocks, **options)
-    methods = None if tuning is None else read_methods(tuning)
-    if (methods or module is not None) and choices.local_blocks:
-        raise InvalidInput("local_blocks and tuning do not go together yet: leave one of them out")
-    config_file = checkpoint.file("config.json")
-    config = BloomConfig.from_json_file(str(config_file))
-    generation_file = checkpoint.find_file("generation_config.json")
-    embeddings = checkpoint.load_embeddings()
-    tokenizer = _load_tokenizer(checkpoint)
-    words, parent = embeddings.word_embeddings.weight, None  # [v, d]
-    tuned = None if methods is None else Tuned(checkpoint.config, methods, words, _starts(methods, tokenizer))
-    if module is not None:
-        taken: list[Tuned] = []
-
-        def take(folder: Path) -> None:
-            if tuned is None:
-                taken.append(peft_files.read_tuned(checkpoint.config, words, folder))
-            else:
-                peft_files.read_weights(tuned, folder)
-                taken.append(tuned)
-
-        tell = None if progress is None else partial(progress, str(module))
-        obtained = portal.call(partial(obtain, swarm, module, checkpoint.digest, check=take, progress=tell))
-        tuned, parent = taken[-1], None if obtained.manifest is None else obtained.manifest.hash
-    if tuned is not None:
-        head_config(config, tuned)
-    digests = checkpoint.block_digests_at_hand(MAX_CHECKED_BYTES)
-    return DistributedBloomForCausalLM(
-        config,
-        embeddings=embeddings,
-        head=checkpoint.load_head(embeddings=embeddings),
-        tokenizer=tokenizer,
-        generation_config=(
-            GenerationConfig.from_model_config(config)
-            if generation_file is None
-            else GenerationConfig.from_pretrained(generation_file.parent)
-        ),
-        served=match,
-        swarm=swarm,
-        portal=portal,
-        accepts=_weights_check(digests),
-        weights=None if digests is None else span_digest(digests),
-        choices=choices,
-        local=LocalBlocks.load(checkpoint, choices.local_blocks) if choices.local_blocks else None,
-        tuned=tuned,
-        parent=parent,
-    )
-
-
-def _starts(methods: Sequence[Method], tokenizer: Any) -> list[int]:
-    """Token ids of the text that a soft prompt begins as.
-
-    Raises:
-        UnknownModel: there is a text, but no tokenizer.
-    """
-    text = next((method.text for method in methods if isinstance(method, PromptTuning | DeepPromptTuning)), None)
-    if not text:
-        return []
-    if tokenizer is None:
-        raise UnknownModel("the model's files hold no tokenizer: leave the soft prompt's text out")
-    ids: list[int] = tokenizer(text).input_ids
-    return ids
-
-
-def _weights_check(digests: Sequence[str] | None) -> Callable[[NodeAnnouncement], bool]:
-    """Whether a node announces the weights that the files here hold, where all files are here to tell.
-
-    The model's digest says which tensors there are, the weights' digest what is in them.
-    """
-    if digests is None:
-        return lambda _: True
-    return lambda node: node.weights == span_digest(digests[node.start : node.end])
-
-
-def _find_files(name: str, served: Sequence[ServedModel], models: PeerModels, portal: Portal) -> Checkpoint:
-    """From here, if they are, and else from peers."""
-    plain, pin = split_pin(name)
-    is_known = any(plain in model.names for model in served)
-    if not is_known and not Path(name).is_dir() and ("/" not in name or name.startswith((".", "/"))):
-        raise UnknownModel(f"nobody serves {plain}; {_spell(served)}")
-    try:
-        checkpoint = find_checkpoint(plain)
-        if pin is None or fits_pin(checkpoint, pin, models.remembered):
-            return checkpoint
-    except ModelNotFound:
-        if is_folder(name) or not is_known:
-            raise
-    try:
-        return find_at_peers(models, plain, pin, portal.call)
-    except ModelNotFound as error:
-        raise UnknownModel(
-            f"{plain} is served, but its files are not on this machine (the client holds embeddings and head), and "
-            f"{error}: name the folder of its checkpoint instead, with a / in its path, as ./{plain}"
-        ) from error
-
-
-def _spell(served: Sequence[ServedModel]) -> str:
-    if not served:
-        return "the swarm serves no model at all; start a node with: raceme serve MODEL --bootstrap ADDR"
-    return "served are: " + ", ".join(sorted(set().union(*(model.names for model in served))))
-
-
-def _load_tokenizer(checkpoint: Checkpoint) -> Any:
-    path = checkpoint.find_file("tokenizer.json")
-    if path is None:
-        return None
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        checkpoint.find_file(name)  # fetched beside it, where files are fetched
-    return AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False)

@@ -10,12 +10,13 @@ Source: Su et al., A Contrastive Framework for Neural Text Generation (NeurIPS 2
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -23,6 +24,18 @@ if TYPE_CHECKING:
 
     from client.models.bloom import DistributedBloomForCausalLM
     from client.models.cache import SessionCache
+
+
+def asks_for_contrastive(model: DistributedBloomForCausalLM, args: Sequence[Any], options: Mapping[str, Any]) -> bool:
+    """Whether these are arguments of ``generate``, after the inputs, that ask for contrastive search."""
+    given = args[0] if args else options.get("generation_config")
+    alpha = options.get("penalty_alpha", getattr(given or model.generation_config, "penalty_alpha", None))
+    if not alpha:
+        return False
+    named = {name: value for name, value in options.items() if name != "generation_config"}
+    config, _ = model._prepare_generation_config(given, **named)
+    mode = config.get_generation_mode(options.get("assistant_model"))
+    return bool(mode == GenerationMode.CONTRASTIVE_SEARCH)
 
 
 def contrastive_search(

@@ -18,7 +18,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from client.errors import InvalidInput
-from client.module_files import read_tensors
+from client.modules.tensors import read_tensors
 from client.tuning.methods import (
     MAX_ALPHA,
     TARGETS,

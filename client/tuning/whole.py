@@ -7,16 +7,25 @@ it, and the soft prompt in front.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
 from client.errors import InvalidInput
+from client.tuning.heads import check_head_labels, head_loss
 from client.tuning.remote import RemoteBlocks
+from client.tuning.tuned import Tuned
 from compute.bloom import Embeddings, Head
 
-IGNORED = -100
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
+
+    from client.models.bloom import DistributedBloomForCausalLM
+
+IGNORED = -100  # as a label: none counts there
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,6 +89,71 @@ class Rows:
         index = (torch.arange(self.tokens) + by[:, None]) % self.tokens  # [b, t]
         index = index.to(values.device)
         return values.gather(1, index if values.dim() == 2 else index[..., None].expand_as(values))
+
+
+def forward_whole(
+    model: DistributedBloomForCausalLM,
+    tuned: Tuned,
+    ids: Tensor,
+    rows: Rows,
+    labels: Tensor | None,
+    logits_to_keep: int | Tensor,
+    num_items_in_batch: int | Tensor | None,
+) -> ModelOutput:
+    """What a model's ``forward`` gives of whole texts, with gradients.
+
+    Args:
+        model: with ``tuned`` within it.
+        tuned: what is trained.
+        ids: the tokens.
+        rows: where the texts are.
+        labels, logits_to_keep, num_items_in_batch: as of the model's ``forward``.
+
+    Shapes:
+        ids: [b, t]
+        labels: [b, t], or those of a head
+        logits: [b, t or kept, vocabulary], or [b, outputs] of a head
+
+    Raises:
+        InvalidInput: no loss can be computed with such labels.
+        others: as ``RemoteBlocks.run``.
+    """
+    if tuned.score is not None:
+        check_head_labels(tuned, labels, ids.shape[0])
+        last = last_tokens(run_whole(ids, rows, model.embeddings, model.head, model.blocks), rows)  # [b, d]
+        scores = tuned.score(last)  # [b, outputs]
+        loss = None if labels is None else head_loss(tuned, scores, labels)
+        return SequenceClassifierOutputWithPast(loss=loss, logits=scores)
+    if labels is not None:
+        check_labels(labels, ids, model.config.vocab_size)
+    hidden = run_whole(ids, rows, model.embeddings, model.head, model.blocks)  # [b, p + t, d]
+    if labels is None and isinstance(logits_to_keep, int) and logits_to_keep and not rows.has_padding:
+        hidden = hidden[:, -logits_to_keep:]
+    logits = model.head.lm_head(hidden)  # [b, p + t, vocabulary]
+    loss = None
+    if labels is not None:
+        loss = model.loss_function(  # transformers' own
+            logits,
+            labels_in_place(labels, rows, tuned.prompt_tokens),
+            vocab_size=model.config.vocab_size,
+            num_items_in_batch=num_items_in_batch,
+        )
+    logits = rows.back(logits[:, -ids.shape[1] :])  # [b, t, vocabulary]
+    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    return CausalLMOutputWithPast(loss=loss, logits=logits[:, kept])
+
+
+def check_labels(labels: Tensor, ids: Tensor, vocabulary: int, logits_to_keep: int | Tensor = 0) -> None:
+    """Raises:
+    InvalidInput: no loss of next tokens can be computed with these labels, or with so few logits.
+    """
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != ids.shape:
+        raise InvalidInput(f"labels are token ids as an integer tensor of input_ids' shape, {list(ids.shape)}")
+    if not isinstance(logits_to_keep, int) or logits_to_keep:
+        raise InvalidInput("the loss needs all logits: leave logits_to_keep out")
+    counted = labels[labels != IGNORED]
+    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < vocabulary:
+        raise InvalidInput(f"labels must lie in 0 to {vocabulary - 1}, or be {IGNORED}")
 
 
 def run_whole(ids: Tensor, rows: Rows, embeddings: Embeddings, head: Head, blocks: RemoteBlocks) -> Tensor:

@@ -69,7 +69,8 @@ from net.addresses import Multiaddr
 from net.dht import wire
 from net.errors import RemoteProtocolError
 from net.identity import PeerId
-from net.protocol.announcement import MAX_BLOCKS, read_codecs
+from net.protocol.announcement import read_codecs
+from net.protocol.span import ModelSpan, read_span
 from net.rpc import packing
 
 PROTOCOL_ID = "/raceme/session/2"
@@ -87,12 +88,10 @@ TOKEN_BYTES = 16  # whoever guesses it would have to be the same peer, too
 
 
 @dataclass(frozen=True, kw_only=True)
-class Open:
+class Open(ModelSpan):
     """What a client asks for.
 
     Attributes:
-        digest: Of the model.
-        start, end: Blocks [start, end).
         batch: Rows.
         max_length: The longest it may get.
         pads: With how many tokens of padding each row begins.
@@ -103,9 +102,6 @@ class Open:
         tuned: Whether what has come before is added within the blocks.
     """
 
-    digest: str
-    start: int
-    end: int
     batch: int
     max_length: int
     pads: tuple[int, ...] | None = None
@@ -116,10 +112,8 @@ class Open:
     tuned: bool = False
 
     def to_fields(self) -> dict[str, Any]:
-        fields: dict[str, Any] = {
-            "digest": self.digest,
-            "start": self.start,
-            "end": self.end,
+        fields = {
+            **super().to_fields(),
             "batch": self.batch,
             "max_length": self.max_length,
             "push_token": self.push_token,
@@ -139,11 +133,11 @@ class Open:
         """Raises:
         RemoteProtocolError: missing or out of bounds.
         """
-        end = packing.integer(fields, "end", 1, MAX_BLOCKS)
+        digest, start, end = read_span(fields)
         batch = packing.integer(fields, "batch", 1, MAX_BATCH)
         return cls(
-            digest=packing.field(fields, "digest", str, max_length=64),
-            start=packing.integer(fields, "start", 0, end - 1),
+            digest=digest,
+            start=start,
             end=end,
             batch=batch,
             max_length=packing.integer(fields, "max_length", 1, MAX_LENGTH),
@@ -157,35 +151,25 @@ class Open:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tune:
+class Tune(ModelSpan):
     """Of what a piece of a tuning is; what the tuning is stands beside it.
 
     Attributes:
-        digest: Of the model.
-        start, end: Blocks [start, end).
         at: Which number is the piece's first.
     """
 
-    digest: str
-    start: int
-    end: int
     at: int
 
     def to_fields(self) -> dict[str, Any]:
-        return {"digest": self.digest, "start": self.start, "end": self.end, "at": self.at}
+        return {**super().to_fields(), "at": self.at}
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Tune:
         """Raises:
         RemoteProtocolError: missing or out of bounds.
         """
-        end = packing.integer(fields, "end", 1, MAX_BLOCKS)
-        return cls(
-            digest=packing.field(fields, "digest", str, max_length=64),
-            start=packing.integer(fields, "start", 0, end - 1),
-            end=end,
-            at=packing.integer(fields, "at", 0, MAX_NUMBERS),
-        )
+        digest, start, end = read_span(fields)
+        return cls(digest=digest, start=start, end=end, at=packing.integer(fields, "at", 0, MAX_NUMBERS))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ from typing import Any, Final
 
 from net.errors import RemoteProtocolError
 from net.protocol import session
-from net.protocol.announcement import MAX_BLOCKS
+from net.protocol.span import ModelSpan, read_span
 from net.rpc import packing
 
 PROTOCOL_ID: Final = "/raceme/train/1"
@@ -49,35 +49,23 @@ STATES: Final = frozenset({"waiting", "running", "unseen"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class Work(ModelSpan):
     """What a call is about: which sequences, through what.
 
     Attributes:
-        digest: Of the model.
-        start, end: Blocks [start, end).
         rows: Sequences.
         tokens: Of each.
         form: In which hidden states travel, both ways.
         key: Of the tuning; ``None`` for none.
     """
 
-    digest: str
-    start: int
-    end: int
     rows: int
     tokens: int
     form: str = session.FORM
     key: bytes | None = None
 
     def to_fields(self) -> dict[str, Any]:
-        fields: dict[str, Any] = {
-            "digest": self.digest,
-            "start": self.start,
-            "end": self.end,
-            "rows": self.rows,
-            "tokens": self.tokens,
-            "form": self.form,
-        }
+        fields = {**super().to_fields(), "rows": self.rows, "tokens": self.tokens, "form": self.form}
         if self.key is not None:
             fields["key"] = self.key
         return fields
@@ -87,10 +75,10 @@ class Work:
         """Raises:
         RemoteProtocolError: missing or out of bounds.
         """
-        end = packing.integer(fields, "end", 1, MAX_BLOCKS)
+        digest, start, end = read_span(fields)
         return cls(
-            digest=packing.field(fields, "digest", str, max_length=64),
-            start=packing.integer(fields, "start", 0, end - 1),
+            digest=digest,
+            start=start,
             end=end,
             rows=packing.integer(fields, "rows", 1, MAX_ROWS),
             tokens=packing.integer(fields, "tokens", 1, session.MAX_LENGTH),
@@ -100,35 +88,25 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tune:
+class Tune(ModelSpan):
     """Of which blocks a tuning is, and its key; its form fields stand beside these.
 
     Attributes:
-        digest: Of the model.
-        start, end: Blocks [start, end).
         key: Its name.
     """
 
-    digest: str
-    start: int
-    end: int
     key: bytes
 
     def to_fields(self) -> dict[str, Any]:
-        return {"digest": self.digest, "start": self.start, "end": self.end, "key": self.key}
+        return {**super().to_fields(), "key": self.key}
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Tune:
         """Raises:
         RemoteProtocolError: missing or out of bounds.
         """
-        end = packing.integer(fields, "end", 1, MAX_BLOCKS)
-        return cls(
-            digest=packing.field(fields, "digest", str, max_length=64),
-            start=packing.integer(fields, "start", 0, end - 1),
-            end=end,
-            key=read_key(fields),
-        )
+        digest, start, end = read_span(fields)
+        return cls(digest=digest, start=start, end=end, key=read_key(fields))
 
 
 def read_key(fields: Mapping[str, Any]) -> bytes:

@@ -13,6 +13,8 @@ import runpy
 import signal
 import sys
 
+from compute.spinning import spin_briefly
+
 PR_SET_PDEATHSIG = 1
 NONE = "-"
 
@@ -55,6 +57,7 @@ def main() -> None:
         _dial_from(source)
     if announced != NONE:
         _announce(announced)
+    spin_briefly()  # as every command does
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

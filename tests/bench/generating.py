@@ -23,7 +23,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 import client
-import client.models.bloom
+import client.models.loading
 import client.session  # what connecting and generating would else import
 from client.errors import ClientError
 from net.errors import NetError

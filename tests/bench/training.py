@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import client
-import client.models.bloom
+import client.models.loading
 import client.session  # what connecting and training would else import
 from client.tuning import PromptTuning
 from compute.bloom import BloomSpan

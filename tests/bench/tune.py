@@ -1,11 +1,11 @@
 """Training through two node processes on this machine: how fast, and what comes of it.
 
-throughput: 8 x 128 tokens forwards and back through blocks of bloom-560m's shape in fp32, on two nodes of one thread
-each, against the same computation on one machine with two threads, in turn; the weights are frozen on both sides. The
-same computation: nothing is kept between the ways forward and back (``training.py``). -vs-transformers is against
-transformers' blocks, with two threads and everything kept. Values are tokens per second over the reference's;
-train-cpu-vs-local is the processor time of both nodes and the client over the reference's, which what else runs on the
-machine disturbs less.
+throughput: 8 x 128 tokens forwards and back through blocks of bloom-560m's shape in fp32, on two nodes, each with half
+of the blocks, against the same computation on one machine, in turn; the weights are frozen on both sides, and each of
+these processes may use two threads. The same computation: nothing is kept between the ways forward and back
+(``training.py``). -vs-transformers is against transformers' blocks with everything kept. Values are tokens per second
+over the reference's; train-cpu-vs-local is the processor time of both nodes and the client over the reference's, which
+what else runs on the machine disturbs less.
 
 loss: ``raceme tune`` on bloom-tiny, with tests/data. loss-drop-* is by how many nats per token held-out text is
 foretold better than by the frozen model, after so many steps; accuracy-head the share of held-out sentences that are
@@ -79,7 +79,8 @@ async def throughput(bench: Bench) -> None:
     half = bench.blocks // 2
     spans = (f"0:{half}", f"{half}:{bench.blocks}")
     children, size = bench.children, {"rows": ROWS, "tokens": TOKENS}
-    async with swarm(children, spans, model=folder, prefix="wide-") as (address, nodes):
+    options = ("--quantize", "fp32", "--threads", str(THREADS))
+    async with swarm(children, spans, model=folder, prefix="wide-", options=options) as (address, nodes):
         ours, local, theirs = [
             await children.started(children.start(name, "tests.bench.training", str(threads)))
             for name, threads in (("ours", 1), ("local", THREADS), ("theirs", THREADS))

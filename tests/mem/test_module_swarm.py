@@ -13,8 +13,9 @@ import pytest
 import trio
 
 from client.errors import UnknownModel
-from client.module_files import read_tensors
-from client.modules import Description, obtain
+from client.modules.description import Description
+from client.modules.obtaining import obtain
+from client.modules.tensors import read_tensors
 from client.swarm import AsyncSwarm
 from net.dht.service import Dht
 from net.errors import ModuleError

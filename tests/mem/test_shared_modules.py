@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from client.errors import InvalidInput
-from client.module_folders import describe, sign_folder
+from client.modules.folders import describe, sign_folder
 from client.tuning import LoRA, PromptTuning
 from net.errors import ModuleError
 from net.identity import Identity

@@ -411,6 +411,8 @@ async def test_calls_go_on_with_the_old_blocks_while_a_node_moves(
         ("bad-dtype", {"form": "float8"}),
         ("bad-shape", {"form": "float16"}),
         ("bad-shape", {"rows": 2}),
+        ("too-long", {"rows": ENGINE.max_batch + 1}),  # found before what comes is decoded: that is of another shape
+        ("too-long", {"tokens": ENGINE.max_length_tokens + 1}),
         ("wrong-model", {"digest": "0" * 64}),
         ("wrong-span", {"end": 5}),
         ("no-tuning", {"key": bytes(32)}),
@@ -541,6 +543,21 @@ async def test_what_there_is_no_room_for_is_put_off(folder: Path) -> None:
         assert "e" not in (await client.receive()).header
         await other.forward(hop_of(node), client.digest, noise(6, 200, WIDTH), None)
         assert client.training.room.taken == 0
+
+
+async def test_what_was_put_off_while_it_came_is_in_the_way_of_nothing(folder: Path) -> None:
+    async with swarm_of(folder, [(0, 4)]) as swarm, raw_client(swarm) as client:
+        client.training.room = Room(1 << 30, 1)
+        piece = Tensor(dtype="u8", shape=(2,), data=bytes(2))
+        for number in range(1, training.MAX_CALLS + 1):
+            await client.send_plain({**client.work(), "id": number, "p": [["u8", [3 * WIDTH * 4]]]})
+            await client.send_plain({"piece": number, "at": 0}, piece)
+            assert (await client.receive()).header["e"] == "busy"
+        client.training.room = Room(1 << 30, 1 << 30)
+        small = hidden_bytes(1, 3)
+        await client.send_plain({**client.work(), "id": 9, "p": [["u8", [small.n_bytes]]]})
+        await client.send_plain({"piece": 9, "at": 0}, small)
+        assert "e" not in (await client.receive()).header
 
 
 async def test_the_gradient_of_a_tuning_is_held_as_what_is_asked_is(folder: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import client.cli
-from client.modules import Description
+from client.modules.description import Description
 from compute.models import find_checkpoint
 from tests.modules import make_module
 from tests.sockets.commands import LOOPBACK, run, started

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from client.model_card import spell_card
-from client.module_files import MAX_TOLD, check_tensors, read_tensors
-from client.module_folders import describe, export, sign_folder, upload
-from client.modules import Description, is_path, read_json
+from client.modules.card import spell_card
+from client.modules.description import Description, read_json
+from client.modules.folders import describe, export, sign_folder, upload
+from client.modules.obtaining import is_path
+from client.modules.tensors import MAX_TOLD, check_tensors, read_tensors
 from compute.models import find_checkpoint
 from net.errors import ModuleError
 from net.modules.manifest import Manifest

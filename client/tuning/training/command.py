@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from client.errors import InvalidInput
-from client.modules import Description, is_path
+from client.modules.description import Description
+from client.modules.obtaining import is_path
 from client.tuning.methods import (
     LABELS,
     Between,

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from client.errors import InvalidInput
-from client.modules import DESCRIPTION_FILE, Description
+from client.modules.description import DESCRIPTION_FILE, Description
 from client.tuning.training.loop import CHECKPOINT_FILE, CURVE_FILE, Tunable
 from net.replacing import PART_SUFFIX
 

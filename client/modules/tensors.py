@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor
 
-from client.modules import WEIGHTS_FILE
+from client.modules.description import WEIGHTS_FILE
 from compute.errors import CheckpointError
 from compute.shards import open_shard
 from net.errors import ModuleError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from client.modules import Description
+from client.modules.description import Description
 
 CARD_FILE = "README.md"
 

@@ -104,7 +104,7 @@ def _repository(text: str) -> str:
 def run_publish(options: argparse.Namespace) -> int:
     import trio
 
-    from client.module_folders import TRAINING_FILES
+    from client.modules.folders import TRAINING_FILES
     from net.dht.service import Dht
     from net.files.server import FileServer
     from net.modules.manifest import LICENCE, NAME
@@ -118,7 +118,7 @@ def run_publish(options: argparse.Namespace) -> int:
         raise console.UserError(f"--licence {options.licence!r:.80}: give an SPDX name, such as Apache-2.0")
     # What is wrong is said before anything takes time.
     _, left_out = describe_files(options.folder, leave_out=TRAINING_FILES)
-    from client.module_files import check_tensors  # torch, which takes seconds
+    from client.modules.tensors import check_tensors  # torch, which takes seconds
 
     check_tensors(options.folder)
     if left_out:
@@ -159,7 +159,7 @@ def _store() -> ModuleStore:
 
 def _prepare(options: argparse.Namespace, served: Mapping[str, Collection[str]]) -> StoredModule:
     """Sign the folder; upload it, if that is wanted."""
-    from client.module_folders import describe, sign_folder, upload
+    from client.modules.folders import describe, sign_folder, upload
     from net.identity import Identity
 
     description = describe(options.folder, model=options.model, served=served)
@@ -227,8 +227,8 @@ def run_modules(options: argparse.Namespace) -> int:
 
 
 def _get(swarm: Swarm, options: argparse.Namespace) -> int:
-    from client.module_folders import export
-    from client.modules import is_path
+    from client.modules.folders import export
+    from client.modules.obtaining import is_path
 
     if is_path(options.get):
         raise console.UserError(f"--get {options.get}: a published module is NAME@HASH")

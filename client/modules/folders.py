@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from client.model_card import CARD_FILE, spell_card
-from client.modules import CONFIG_FILE, DESCRIPTION_FILE, Description, read_json
+from client.modules.card import CARD_FILE, spell_card
+from client.modules.description import CONFIG_FILE, DESCRIPTION_FILE, Description, read_json
 from net.errors import ModuleError
 from net.identity import Identity
 from net.modules import manifest as manifests
