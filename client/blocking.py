@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import queue
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from functools import wraps
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import trio
 
@@ -18,12 +20,33 @@ from client.swarm import AsyncSwarm, Peer, ServedModel, open_swarm
 if TYPE_CHECKING:
     from client.models.bloom import DistributedBloomForCausalLM
     from client.modules.obtaining import ObtainedModule
-    from client.tuning.methods import Method
-    from net.files.models import FileProgress
-    from net.identity import PeerId
     from net.modules.finding import FoundModule
 
 CLOSE_S = 5.0
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _as(
+    method: Callable[Concatenate[AsyncSwarm, P], Awaitable[T]],
+) -> Callable[[Callable[..., T]], Callable[Concatenate[Swarm, P], T]]:
+    """Gives a blocking method the arguments of an asynchronous one, and its docstring: for type checkers, for ``help``,
+    and for callers, who hear of a wrong argument before anything takes time.
+    """
+    signature = inspect.signature(method)
+
+    def decorate(blocking: Callable[..., T]) -> Callable[Concatenate[Swarm, P], T]:
+        @wraps(blocking)
+        def call(self: Swarm, /, *args: P.args, **kwargs: P.kwargs) -> T:
+            signature.bind(self, *args, **kwargs)
+            return blocking(self, *args, **kwargs)
+
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        call.__doc__ = method.__doc__
+        return call
+
+    return decorate
 
 
 class Swarm:
@@ -88,58 +111,12 @@ class Swarm:
         """The nodes, each with a round trip measured now."""
         return self._portal.call(self._swarm.peers)
 
-    def model(
-        self,
-        name: str,
-        *,
-        allow: Iterable[str | PeerId] | None = None,
-        block: Iterable[str | PeerId] = (),
-        pins: Mapping[tuple[int, int], str | PeerId] | None = None,
-        mixed_numerics: bool = False,
-        local_blocks: int = 0,
-        tuning: Method | Sequence[Method] | None = None,
-        module: str | PathLike[str] | None = None,
-        progress: FileProgress | None = None,
-    ) -> DistributedBloomForCausalLM:
-        """A model of the swarm, as a transformers ``GenerationMixin`` with its ``.tokenizer``.
-
-        Args:
-            name: as served, or the path of its checkpoint's folder, or ``NAME@DIGEST`` (see ``AsyncSwarm.model``).
-            allow: the only peers to use, by PeerId; all by default.
-            block: peers not to use.
-            pins: who must compute certain blocks: ``{(start, end): PeerId}``.
-            mixed_numerics: whether a chain may compute some blocks with other numerics than the rest where it cannot be
-                had otherwise (a warning says so): the tokens are then those of no one machine.
-            local_blocks: compute so many of the first blocks, and of the last ones, here, in fp32 on the CPU. Nodes
-                then see hidden states from within the model alone. Where they compute with other numerics, the tokens
-                are those of blocks that are mixed so.
-            tuning: what to train: a method of ``client.tuning`` such as ``LoRA(rank=8)``, or several in a list. Its
-                parameters are ``model.tuned.parameters()``.
-            module: what was trained before, to be used or trained further: the folder that ``save_pretrained`` or PEFT
-                wrote, or what somebody has published: ``NAME@HASH``, or ``NAME`` if there is but one. Whoever has it
-                sends it; what is not as its author signed it, or does not fit, is refused.
-            progress: called in another thread with (name, bytes that are here, bytes in all) of files that nodes give.
-
-        Raises:
-            UnknownModel: nobody serves it, or its files are not on this machine and nobody gives them.
-            TypeError, InvalidInput: options that cannot be, and what to do.
-        """
+    @_as(AsyncSwarm.model)
+    def model(self, name: str, **options: Any) -> DistributedBloomForCausalLM:
+        """See ``AsyncSwarm.model``. Runs in the caller's thread, so that Ctrl-C ends it."""
         from client.models.loading import load
 
-        return load(
-            name,
-            self.models(),
-            self._swarm,
-            self._portal,
-            allow=allow,
-            block=block,
-            pins=pins,
-            mixed_numerics=mixed_numerics,
-            local_blocks=local_blocks,
-            tuning=tuning,
-            module=module,
-            progress=progress,
-        )
+        return load(name, self.models(), self._swarm, self._portal, **options)
 
     def close(self) -> None:
         """End all sessions and connections. Closing twice is fine."""

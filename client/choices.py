@@ -45,7 +45,7 @@ class Choices:
         mixed_numerics: object = False,
         local_blocks: object = 0,
     ) -> Choices:
-        """What a user gave, for a model of so many blocks; see ``Swarm.model``.
+        """What a user gave, for a model of so many blocks; see ``AsyncSwarm.model``.
 
         Raises:
             TypeError: something of another type.

@@ -8,17 +8,16 @@ the same numerics give the same bits. A node that is only lost from sight is fou
 from __future__ import annotations
 
 import logging
-import math
 import random
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import contextmanager
 
 import torch
 import trio
 
 from client import session_core as core
 from client.choices import NO_CHOICES, Choices
+from client.choosing import Chooser, Need
 from client.errors import ClientError, InvalidInput, MissingBlocks, UnknownModel
 from client.every_block import EveryBlock
 from client.forms import HopTraffic, SessionForms
@@ -26,8 +25,8 @@ from client.journal import DECODE_TOKENS, Journal
 from client.legs import FindNodes, Leg
 from client.lifesigns import LifeSigns
 from client.nearness import Nearness
-from client.pricing import NOTHING_MEASURED, OVERHEAD_S, step_s
-from client.routing import Hop, Measurements, Wishes, as_they_are, better_chain, choose_chain, seconds_per_token
+from client.pricing import OVERHEAD_S
+from client.routing import Hop
 from client.session_core import SessionCore
 from compute.errors import BadInput
 from compute.tuning import SpanTuning
@@ -44,12 +43,6 @@ from net.rpc.framing import MAX_FRAME_BYTES, MAX_HEADER_BYTES, Message
 logger = logging.getLogger(__name__)
 
 BETTER_EVERY_S = 20.0, 30.0  # between looks whether other nodes have become better, at random
-LEAST_GAIN_S = 0.005  # for each token: round trips on one network differ by as much from one moment to the next
-REOPEN_S = 0.5  # what it costs to open a session elsewhere, beside what it takes to compute again what there was:
-PROMPT_SPEEDUP = 10.0  # a tenth of what it took token by token
-UNHINDERED = 0.25  # of a node's steps: these have hardly waited for others'
-TOO_SLOW, TOO_SLOW_S = 2.0, 0.005  # times what a node announces, and so much more for all of its blocks: it is believed
-# no longer, but what was measured
 CHUNK_TOKENS = 256  # of all rows: nodes compute prompts in such chunks, so pieces of that size lose nothing
 
 
@@ -112,6 +105,7 @@ class Session:
         self._life_signs = life_signs or LifeSigns(host)
         self._others: list[PeerId] = []  # nodes that may take others' places
         self._choices = choices
+        self._chooser = Chooser(choices, reputation, self._life_signs, nearness)
         self._tuning = tuning
         self._journal = Journal()
         self._order: tuple[int, ...] = ()
@@ -372,7 +366,7 @@ class Session:
         if self._core is None:
             self._core = session = SessionCore(
                 self._journal,
-                self._forms.within_cuts(self._choose),
+                self._forms.within_cuts(lambda gap: self._chooser.chain(gap, self._need())),
                 better=self._find_better,
                 better_every_s=lambda: random.uniform(*BETTER_EVERY_S),
                 own_blocks=self._choices.local_blocks,
@@ -541,7 +535,7 @@ class Session:
             return
         if isinstance(found, list):
             session.nodes_found(found, trio.current_time())
-            usable = self._usable(found)
+            usable = self._chooser.usable(found)
             self._others = [node.peer_id for node in usable]
             if self._nearness is not None:
                 self._nearness.look_at(usable)
@@ -549,90 +543,20 @@ class Session:
             session.nodes_missing(found, trio.current_time())
         self._go_on()
 
-    def _choose(self, gap: core.Gap) -> list[Hop]:
-        """The best hops there are, of nodes that have not failed others lately if there are enough of these, or that
-        have at least not been silent.
-        """
-        wishes = replace(
-            self._wishes(), start=gap.start, end=gap.end, numerics=gap.numerics, before=gap.before, after=gap.after
-        )
-        nodes, measured = gap.nodes, self._measured(gap.nodes)
-        silent = self._life_signs.missed(node.peer_id for node in nodes)
-        for avoided in ({**self._reputation.avoided(), **silent}, silent):
-            if avoided:
-                with suppress(MissingBlocks):
-                    return choose_chain(nodes, avoid={**avoided, **gap.avoid}, wishes=wishes, measured=measured)
-        try:
-            return choose_chain(nodes, avoid=gap.avoid, wishes=wishes, measured=measured)
-        except MissingBlocks:
-            if gap.numerics is not None or not self._choices.mixed_numerics:
-                raise
-        return _mixed_chain(nodes, gap.avoid, wishes, measured)
-
     def _find_better(
         self, nodes: Sequence[NodeAnnouncement], old: Sequence[Hop], *, avoid: Mapping[PeerId, str]
     ) -> list[Hop] | None:
-        """Hops that are worth moving to, of nodes that have room for what the session is going to need."""
-        wishes, own = self._wishes(), {hop.node.peer_id for hop in old}
-        roomy = [
-            node
-            for node in nodes
-            if node.peer_id in own
-            or (node.max_length >= self.max_length and node.cache_tokens_left >= wishes.cache_tokens)
-        ]
-        measured = self._measured(nodes)
-        # What we have computed there ourselves is a part of what waits there, on average.
-        others = {node.peer_id: max(0.0, node.waiting - 1.0) for node in nodes if node.peer_id in own}
-        measured = replace(measured, waiting=others)
-        token_s = seconds_per_token(as_they_are(old, nodes), measured=measured)
-        left = self.expected - self._journal.end
-        wishes = replace(
-            wishes,
-            cache_tokens=0,  # the nodes in use have it already
-            tokens_left=float(left) if left > 0 else wishes.tokens_left,
-            replay_s=REOPEN_S + self._journal.end * token_s / PROMPT_SPEEDUP,
+        return self._chooser.better(nodes, old, self._need(), avoid=avoid)
+
+    def _need(self) -> Need:
+        return Need(
+            rows=self.batch or 1,
+            tokens=self._journal.end,
+            expected=self.expected,
+            requested=self._requested_length,
+            max_length=self.max_length,
+            allows=self._forms.allow,
         )
-        avoided = {**self._reputation.avoided(), **avoid}
-        found = better_chain(roomy, old, avoid=avoided, wishes=wishes, measured=measured)
-        if found is not None and not self._forms.allow(found):
-            return None
-        better_s = math.inf if found is None else seconds_per_token(found, measured=measured)
-        if found is None or token_s - better_s < LEAST_GAIN_S:
-            return None
-        logger.info("moves to other nodes: %.0f ms for a token instead of %.0f", 1000 * better_s, 1000 * token_s)
-        return found
-
-    def _wishes(self) -> Wishes:
-        """What chains are wanted for."""
-        tokens = max(self._journal.end, self._requested_length or self.expected)
-        return replace(self._choices.to_wishes(), cache_tokens=(self.batch or 1) * tokens)
-
-    def _usable(self, nodes: Sequence[NodeAnnouncement]) -> list[NodeAnnouncement]:
-        """Those that a chain may come to have."""
-        avoided, wishes = self._reputation.avoided(), self._choices.to_wishes()
-        return [node for node in nodes if node.peer_id not in avoided and wishes.permits_peer(node.peer_id)]
-
-    def _measured(self, nodes: Sequence[NodeAnnouncement]) -> Measurements:
-        """What we know of nodes ourselves."""
-        peers = {node.peer_id for node in nodes}
-        slow = {node.peer_id: seconds for node in nodes if (seconds := self._slower_s(node)) is not None}
-        return Measurements(
-            round_trips={} if self._nearness is None else self._nearness.round_trips(peers),
-            step_s=slow,
-            failure_chance={peer: self._reputation.failure_chance(peer) for peer in peers},
-            relayed={} if self._nearness is None else self._nearness.relayed(peers),
-        )
-
-    def _slower_s(self, node: NodeAnnouncement) -> float | None:
-        """What a block has taken there for us, where that is far more than the node announces. What is measured from
-        here is never as exact as what is measured there, and must not speak for nodes that we do not know.
-        """
-        seconds = self._reputation.latency_s(node.peer_id, UNHINDERED)
-        if seconds is None:
-            return None
-        announced = step_s(node, NOTHING_MEASURED)
-        excess_s = (seconds - announced) * (node.end - node.start)
-        return seconds if seconds > TOO_SLOW * announced and excess_s > TOO_SLOW_S else None
 
     # What happens to legs
 
@@ -683,12 +607,7 @@ class Session:
                 session.heard(leg.key, trio.current_time())
 
     def leg_replaceable(self, leg: Leg, nodes: list[NodeAnnouncement]) -> bool:
-        wishes = replace(self._choices.to_wishes(), start=leg.hop.start, end=leg.hop.end)
-        try:
-            choose_chain(nodes, avoid={leg.hop.node.peer_id: "lost"}, wishes=wishes)
-        except MissingBlocks:
-            return False
-        return True
+        return self._chooser.can_replace(leg.hop, nodes)
 
     def leg_interrupted(self, leg: Leg) -> None:
         with self._event(leg) as session:
@@ -820,17 +739,3 @@ def _gathered(outputs: Mapping[int, tuple[int, torch.Tensor]], position: int, en
             parts.append(hidden[:, position - start : end - start])
             position = stop
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _mixed_chain(
-    nodes: Sequence[NodeAnnouncement], avoid: Mapping[PeerId, str], wishes: Wishes, measured: Measurements
-) -> list[Hop]:
-    """The best hops, whatever each node computes with.
-
-    Raises:
-        MissingBlocks: there are none.
-    """
-    alike = [replace(node, numerics=nodes[0].numerics) for node in nodes]
-    own = {node.peer_id: node for node in nodes}
-    found = choose_chain(alike, avoid=avoid, wishes=replace(wishes, before=None, after=None), measured=measured)
-    return [replace(hop, node=own[hop.node.peer_id]) for hop in found]

@@ -349,18 +349,33 @@ class AsyncSwarm:
         module: str | PathLike[str] | None = None,
         progress: FileProgress | None = None,
     ) -> DistributedBloomForCausalLM:
-        """A model of the swarm. Its methods block: call them with ``trio.to_thread.run_sync``.
+        """A model of the swarm, as a transformers ``GenerationMixin`` with its ``.tokenizer``.
+
+        Its methods block: within trio, call them with ``trio.to_thread.run_sync``.
 
         Args:
             name: as served; or the path of a checkpoint's folder, with a / in it. The client holds embeddings and head
                 itself: if they are not on this machine, nodes that serve the model give their files, which are kept.
                 ``NAME@DIGEST`` takes the model, or the files, whose digest begins so, and no others.
-            allow, block, pins, mixed_numerics, local_blocks, tuning, module: as in ``client.blocking.Swarm.model``.
-            progress: called in the swarm's event loop with (name, bytes that are here, bytes in all) of files that are
-                fetched.
+            allow: the only peers to use, by PeerId; all by default.
+            block: peers not to use.
+            pins: who must compute certain blocks: ``{(start, end): PeerId}``.
+            mixed_numerics: whether a chain may compute some blocks with other numerics than the rest where it cannot be
+                had otherwise (a warning says so): the tokens are then those of no one machine.
+            local_blocks: compute so many of the first blocks, and of the last ones, here, in fp32 on the CPU. Nodes
+                then see hidden states from within the model alone. Where they compute with other numerics, the tokens
+                are those of blocks that are mixed so.
+            tuning: what to train: a method of ``client.tuning`` such as ``LoRA(rank=8)``, or several in a list. Its
+                parameters are ``model.tuned.parameters()``.
+            module: what was trained before, to be used or trained further: the folder that ``save_pretrained`` or PEFT
+                wrote, or what somebody has published: ``NAME@HASH``, or ``NAME`` if there is but one. Whoever has it
+                sends it; what is not as its author signed it, or does not fit, is refused.
+            progress: called in the thread of the swarm's event loop, which is another than the caller's of a blocking
+                swarm, with (name, bytes that are here, bytes in all) of files that nodes give.
 
         Raises:
-            UnknownModel: nobody serves it, under this name or with these files, or nobody gives its files.
+            UnknownModel: nobody serves it, under this name or with these files; or its files are not on this machine
+                and nobody gives them.
             TypeError, InvalidInput: options that cannot be, and what to do.
         """
         from client.models.loading import load

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ import trio
 import client
 from client.blocking import Swarm
 from client.errors import ClientError, InvalidInput, UnknownModel
+from client.swarm import AsyncSwarm
 from compute.checkpoint import Checkpoint
 from compute.node import Node
 from compute.node_settings import NodeSettings
@@ -142,6 +144,14 @@ async def test_inside_trio_it_says_what_to_use(address: str) -> None:
     with pytest.raises(ClientError, match=r"inside trio, use client\.open_swarm"):
         blocking.models()
     await trio.to_thread.run_sync(blocking.close)
+
+
+def test_its_arguments_are_those_of_the_asynchronous_face(address: str) -> None:
+    assert inspect.signature(Swarm.model) == inspect.signature(AsyncSwarm.model)
+    assert inspect.getdoc(Swarm.model) == inspect.getdoc(AsyncSwarm.model)
+    options: dict[str, Any] = {"modul": "a@12345678"}
+    with client.connect(address) as swarm, pytest.raises(TypeError, match="unexpected keyword argument 'modul'"):
+        swarm.model("nobody-serves-it", **options)
 
 
 def test_several_addresses_one_of_which_answers(address: str) -> None:
